@@ -1,0 +1,2 @@
+//! civic.
+fn main() {}

@@ -1,0 +1,2 @@
+//! civic-testbed.
+fn main() {}
