@@ -1,0 +1,181 @@
+//! The DSDT's contents: what a guest finds under `\_SB` and how it sleeps.
+//!
+//! ```text
+//! \_S5            soft off, as power.rs knows it
+//! \_SB.PCI0       the PCI host bridge: bus 0 and its windows, no native hotplug
+//! \_SB.MBRD       motherboard resources: ECAM and the ACPI ports
+//! \_SB.COM1       the serial port
+//! \_SB.C000…      a processor device each
+//! ```
+//!
+//! ACPI 6.5 §5–7 and §19; PCI Firmware 3.3 §4.5 (`_OSC`).
+
+use std::ops::Range;
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,
+    Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package, Path, ResourceTemplate, Return, Scope, Store, Uuid,
+    ZERO,
+};
+
+use super::power::{PORT, PORTS, SLP_TYP_S5};
+use super::tables::AcpiConfig;
+
+/// Host bridges and their `_OSC` (PCI Firmware 3.3 §4.5.1).
+const PCI_OSC_UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
+/// What a guest may take over: PME, AER and the PCI Express capability. Not native PCIe hotplug nor SHPC (bits 0 and 1):
+/// slots are ACPI's, or the guest would look for hotplug in ports that do not exist.
+const PCI_OSC_GRANTED: u32 = 1 << 2 | 1 << 3 | 1 << 4;
+/// `_OSC` status: unknown UUID, unknown revision, a control bit masked (ACPI 6.5 §6.2.12).
+const OSC_UNKNOWN_UUID: u8 = 1 << 2;
+const OSC_UNKNOWN_REVISION: u8 = 1 << 3;
+const OSC_MASKED: u8 = 1 << 4;
+
+/// The DSDT's terms, without a table header.
+pub(crate) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
+    let mut aml = Vec::new();
+    soft_off(&mut aml);
+    host_bridge(config, &mut aml);
+    motherboard(config, &mut aml);
+    serial(config, &mut aml);
+    processors(config, &mut aml);
+    aml.extend_from_slice(&config.extra_aml);
+    aml
+}
+
+fn soft_off(aml: &mut Vec<u8>) {
+    Name::new("_S5_".into(), &Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &ZERO, &ZERO])).to_aml_bytes(aml);
+}
+
+fn host_bridge(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    let last = |range: &Range<u64>| range.end - 1;
+    let bus = AddressSpace::new_bus_number(0u16, 0u16);
+    let ports = (config.pci_config_port, config.pci_config_ports);
+    let config_ports = IO::new(ports.0, ports.0, 1, ports.1);
+    let low_ports = AddressSpace::new_io(0u16, ports.0 - 1, None);
+    let high_ports = AddressSpace::new_io(ports.0 + u16::from(ports.1), 0xffff, None);
+    let mmio32 = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        config.mmio32.start as u32,
+        last(&config.mmio32) as u32,
+        None,
+    );
+    let mmio64 = config.mmio64.as_ref().map(|window| {
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, window.start, last(window), None)
+    });
+    let mut windows: Vec<&dyn Aml> = vec![&bus, &config_ports, &low_ports, &high_ports, &mmio32];
+    if let Some(window) = &mmio64 {
+        windows.push(window);
+    }
+
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "PCI0".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+                &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new("_SEG".into(), &ZERO),
+                &Name::new("_BBN".into(), &ZERO),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(windows)),
+                &osc(),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// `_OSC(UUID, revision, count, capabilities)`: grants [`PCI_OSC_GRANTED`] of what is asked for, and says so.
+fn osc() -> Bytes {
+    let uuid = Uuid::new(PCI_OSC_UUID);
+    let status: Path = "CDW1".into();
+    let control: Path = "CDW3".into();
+    let capabilities = Arg(3);
+    let granted = Local(0);
+    let mut bytes = Vec::new();
+    Method::new(
+        "_OSC".into(),
+        4,
+        false,
+        vec![
+            &CreateDWordField::new(&status, &capabilities, &0u8),
+            &If::new(
+                &Equal::new(&Arg(0), &uuid),
+                vec![
+                    &CreateDWordField::new(&control, &capabilities, &8u8),
+                    &And::new(&granted, &control, &PCI_OSC_GRANTED),
+                    &If::new(&NotEqual::new(&Arg(1), &ONE), vec![&Or::new(&status, &status, &OSC_UNKNOWN_REVISION)]),
+                    &If::new(&NotEqual::new(&control, &granted), vec![&Or::new(&status, &status, &OSC_MASKED)]),
+                    &Store::new(&control, &granted),
+                ],
+            ),
+            &Else::new(vec![&Or::new(&status, &status, &OSC_UNKNOWN_UUID)]),
+            &Return::new(&capabilities),
+        ],
+    )
+    .to_aml_bytes(&mut bytes);
+    Bytes(bytes)
+}
+
+/// Reserves what no device claims: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the ports of power.rs.
+fn motherboard(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    let ecam = Memory32Fixed::new(true, config.ecam.start as u32, (config.ecam.end - config.ecam.start) as u32);
+    let ports = IO::new(PORT, PORT, 1, PORTS as u8);
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "MBRD".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &ports])),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn serial(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    let Some((port, irq)) = config.com1 else {
+        return;
+    };
+    let ports = IO::new(port, port, 1, 8);
+    let interrupt = Interrupt::new(true, true, false, false, irq);
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "COM1".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new("_DDN".into(), &"COM1"),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn processors(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    let mut devices = Vec::new();
+    for cpu in 0..config.cpus {
+        Device::new(
+            format!("C{cpu:03X}").as_str().into(),
+            vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &cpu)],
+        )
+        .to_aml_bytes(&mut devices);
+    }
+    aml.extend(Scope::raw("_SB_".into(), devices));
+}
+
+/// Terms already encoded.
+struct Bytes(Vec<u8>);
+
+impl Aml for Bytes {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}

@@ -1,0 +1,143 @@
+//! Virtio 1.2 devices over PCI.
+//!
+//! [`VirtioDevice`] is a device's face to its transport ([`pci`]): what it offers, its configuration space, and a life
+//! cycle. The transport owns queues' addresses, status and MSI-X; it hands the negotiated queues over on `activate` and
+//! takes the device back to its initial state with `reset`.
+//!
+//! ```text
+//!             activate                pause
+//!   Inactive ───────────▶ Running ─────────────▶ Paused (no guest memory is touched,
+//!      ▲                    │   ◀─────────────             no interrupt raised)
+//!      └──── reset ─────────┴──────── resume
+//! ```
+//!
+//! Every active device has a [`worker`] thread; requests never run on a vCPU.
+
+mod areas;
+pub mod block;
+pub mod console;
+pub mod net;
+pub mod pci;
+mod ring;
+pub mod rng;
+#[cfg(test)]
+mod testing;
+pub mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::counters::Counters;
+
+/// Guest RAM as devices see it. Shared: all accesses are volatile, through vm-memory.
+pub type GuestRam = Arc<GuestMemoryMmap>;
+
+/// Virtio device type numbers (virtio 1.2 §5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum DeviceType {
+    /// Network card (§5.1).
+    Net = 1,
+    /// Block device (§5.2).
+    Block = 2,
+    /// Console (§5.3).
+    Console = 3,
+    /// Entropy (§5.4).
+    Rng = 4,
+}
+
+/// How a device tells its driver that something happened.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers wait in queue `queue`.
+    fn queue(&self, queue: u16);
+    /// The configuration space changed.
+    fn config(&self);
+    /// The driver broke the protocol: sets DEVICE_NEEDS_RESET and tells the driver (§2.1.2). The device must then touch
+    /// nothing more until it is reset.
+    fn needs_reset(&self);
+}
+
+/// One negotiated virtqueue, given to a device on activation.
+pub struct ActiveQueue {
+    /// The queue's index in the device.
+    pub index: u16,
+    /// Ring addresses and positions; valid when handed over, contents untrusted.
+    pub queue: Queue,
+    /// Written when the driver kicks the queue.
+    pub kick: EventFd,
+}
+
+/// What a device gets when its driver is ready.
+pub struct Activation {
+    /// Guest RAM.
+    pub ram: GuestRam,
+    /// Negotiated feature bits.
+    pub features: u64,
+    /// The queues that the driver enabled, by index, ascending. May lack queues that the device offers.
+    pub queues: Vec<ActiveQueue>,
+    /// The way back to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a device could not be activated. The driver sees DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// A queue without which the device cannot work was left disabled.
+    #[error("queue {0} is not enabled")]
+    MissingQueue(u16),
+    /// The worker thread or one of its descriptors could not be made.
+    #[error("cannot start the device's worker")]
+    Worker(#[source] std::io::Error),
+}
+
+/// A virtio device behind a transport. Methods are called by one thread at a time.
+pub trait VirtioDevice: Send {
+    /// The device's type number.
+    fn device_type(&self) -> DeviceType;
+    /// Feature bits offered, without the transport's (VERSION_1 is added by the transport).
+    fn features(&self) -> u64;
+    /// The largest size of each queue; its length is the number of queues.
+    fn queue_max_sizes(&self) -> &[u16];
+    /// Reads the device-specific configuration; bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes the device-specific configuration; most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Starts serving the queues.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// Stops serving, completes or drops what is in flight, forgets the queues. Idempotent.
+    fn reset(&mut self);
+    /// Stops touching guest memory until `resume`; returns when in-flight requests are complete. Idempotent.
+    fn pause(&mut self);
+    /// Undoes `pause`. Idempotent.
+    fn resume(&mut self);
+    /// The device's counters.
+    fn counters(&self) -> Arc<dyn Counters>;
+}
+
+/// Copies the part of `config` that an access covers; bytes past its end read as zero.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    for (i, byte) in data.iter_mut().enumerate() {
+        let at = offset.saturating_add(i as u64);
+        *byte = usize::try_from(at).ok().and_then(|at| config.get(at)).copied().unwrap_or(0);
+    }
+}
+
+/// A flag that lets one message through until it is cleared: a guest can repeat a mistake faster than a log can hold it.
+#[derive(Debug, Default)]
+pub struct OncePerReset(AtomicBool);
+
+impl OncePerReset {
+    /// True the first time after a reset.
+    pub fn first(&self) -> bool {
+        !self.0.swap(true, Ordering::Relaxed)
+    }
+
+    /// Lets the next one through.
+    pub fn clear(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}

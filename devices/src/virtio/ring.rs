@@ -1,0 +1,196 @@
+//! A device's side of one virtqueue: takes chains, gives them back used, interrupts when the driver wants it.
+//!
+//! Virtio 1.2 §2.7. What a correct driver cannot have done (a chain without an end, a buffer outside RAM, readable parts
+//! after writable ones, an index out of range) is a [`Fault`]: with a request half understood there is no honest answer
+//! but DEVICE_NEEDS_RESET.
+//!
+//! Invariants:
+//! * one call serves a bounded number of chains, however fast the driver adds more: the rest waits for a kick that the
+//!   ring gives itself, so that commands to the worker come through;
+//! * a chain that was taken is given back by [`Ring::used`] or put back by [`Ring::put_back`].
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::areas::Areas;
+use super::worker::Fault;
+use super::{ActivateError, Activation, ActiveQueue, GuestRam, Interrupt};
+
+/// The ring features that every device offers.
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// More descriptors than this in one chain is a fault. Drivers stay below the queue's size, which is smaller (§2.7.5.2).
+const MAX_DESCRIPTORS: usize = 1024;
+
+/// One descriptor chain.
+pub struct Chain<'a> {
+    /// Its name towards the driver.
+    pub head: u16,
+    /// What the driver says.
+    pub readable: Areas<'a>,
+    /// Where the device answers.
+    pub writable: Areas<'a>,
+}
+
+/// What a device did with a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// It is done; so many bytes of its writable part were written, from the start.
+    Used(u32),
+    /// It could not be begun and comes again at the next call.
+    NotNow,
+}
+
+/// A virtqueue that is being served.
+pub struct Ring {
+    index: u16,
+    queue: Queue,
+    kick: EventFd,
+    ram: GuestRam,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl Ring {
+    /// Takes queue `index` out of an activation, with the eventfd that its worker is to wait for.
+    ///
+    /// # Errors
+    /// `MissingQueue` when the driver did not enable it.
+    pub fn take(activation: &mut Activation, index: u16) -> Result<(Self, EventFd), ActivateError> {
+        let position = activation.queues.iter().position(|queue| queue.index == index);
+        let position = position.ok_or(ActivateError::MissingQueue(index))?;
+        let ActiveQueue { mut queue, kick, .. } = activation.queues.remove(position);
+        queue.set_event_idx(activation.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        let for_worker = kick.try_clone().map_err(ActivateError::Worker)?;
+        let ram = Arc::clone(&activation.ram);
+        let interrupt = Arc::clone(&activation.interrupt);
+        Ok((Self { index, queue, kick, ram, interrupt }, for_worker))
+    }
+
+    /// How many chains it holds at most.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Guest RAM, for [`Ring::next`].
+    pub fn ram(&self) -> GuestRam {
+        Arc::clone(&self.ram)
+    }
+
+    /// Serves waiting chains with `serve`, in order, until none waits, it says `NotNow`, or enough were served for now.
+    ///
+    /// # Errors
+    /// A broken ring or chain, or the fault that `serve` found.
+    pub fn serve(&mut self, mut serve: impl FnMut(Chain<'_>) -> Result<Served, Fault>) -> Result<(), Fault> {
+        let ram = self.ram();
+        let mut budget = 2 * u32::from(self.queue.size());
+        self.ignore_kicks()?;
+        loop {
+            while let Some(chain) = self.next(&ram)? {
+                let head = chain.head;
+                match serve(chain)? {
+                    Served::Used(len) => self.used(head, len)?,
+                    Served::NotNow => {
+                        self.put_back(1);
+                        return self.notify();
+                    }
+                }
+                // At once, not at the end: the driver can go on while the next request waits for its disk.
+                self.notify()?;
+                budget -= 1;
+                if budget == 0 {
+                    return self.kick_self();
+                }
+            }
+            if !self.await_kick()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The next waiting chain.
+    ///
+    /// # Errors
+    /// A broken ring or chain.
+    pub fn next<'a>(&mut self, ram: &'a GuestMemoryMmap) -> Result<Option<Chain<'a>>, Fault> {
+        if self.queue.avail_idx(ram, Ordering::Acquire)?.0 == self.queue.next_avail() {
+            return Ok(None);
+        }
+        let descriptors = self.queue.iter(ram)?.next().ok_or_else(|| Fault("the available ring went back".into()))?;
+        let mut chain =
+            Chain { head: descriptors.head_index(), readable: Areas::default(), writable: Areas::default() };
+        let fault = |what: &str| Fault(format!("descriptor chain {} {what}", descriptors.head_index()));
+        let mut unfinished = true;
+        for (i, descriptor) in descriptors.clone().enumerate() {
+            unfinished = descriptor.has_next();
+            if i >= MAX_DESCRIPTORS {
+                return Err(fault("is too long"));
+            }
+            let side = match descriptor.is_write_only() {
+                true => &mut chain.writable,
+                false if chain.writable.is_empty() => &mut chain.readable,
+                false => return Err(fault("has readable parts after writable ones")),
+            };
+            for part in ram.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                side.push(part.map_err(|_| fault("reaches outside RAM"))?);
+            }
+        }
+        if unfinished { Err(fault("has no end")) } else { Ok(Some(chain)) }
+    }
+
+    /// Puts the last `count` chains taken back, to be taken again.
+    pub fn put_back(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
+    /// Gives a chain back to the driver with `len` bytes of its writable part written.
+    ///
+    /// # Errors
+    /// `head` was never a valid index.
+    pub fn used(&mut self, head: u16, len: u32) -> Result<(), Fault> {
+        Ok(self.queue.add_used(&*self.ram, head, len)?)
+    }
+
+    /// Interrupts the driver if it wants to hear of the chains given back since the last time.
+    ///
+    /// # Errors
+    /// A broken ring.
+    pub fn notify(&mut self) -> Result<(), Fault> {
+        if self.queue.needs_notification(&*self.ram)? {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Tells the driver that kicks are not needed for now.
+    ///
+    /// # Errors
+    /// A broken ring.
+    pub fn ignore_kicks(&mut self) -> Result<(), Fault> {
+        Ok(self.queue.disable_notification(&*self.ram)?)
+    }
+
+    /// Asks the driver for a kick with the next chain; true when chains came meanwhile and nobody will kick for them.
+    ///
+    /// # Errors
+    /// A broken ring.
+    pub fn await_kick(&mut self) -> Result<bool, Fault> {
+        Ok(self.queue.enable_notification(&*self.ram)?)
+    }
+
+    /// Has the worker come back to this queue after it looked at its commands and other descriptors.
+    ///
+    /// # Errors
+    /// The eventfd refused, which it has no reason to.
+    pub fn kick_self(&mut self) -> Result<(), Fault> {
+        self.kick.write(1).or_else(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => Ok(()),
+            _ => Err(Fault(format!("cannot kick queue {}: {e}", self.index))),
+        })
+    }
+}

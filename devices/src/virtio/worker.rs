@@ -1,0 +1,302 @@
+//! The thread on which a virtio device serves its queues.
+//!
+//! It waits for kicks, for the device's own descriptors and for commands. A fault of the driver's (a broken queue) stops
+//! the serving for good: the driver is told through DEVICE_NEEDS_RESET and the thread waits for the reset.
+//!
+//! While paused only commands are read: kicks and edge-triggered readiness stay pending in the epoll set, so nothing is
+//! missed on resume.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use tracing::{error, warn};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Interrupt;
+
+/// What the driver did that the device cannot go on from. The text names it for the log.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Fault(pub String);
+
+impl From<virtio_queue::Error> for Fault {
+    fn from(error: virtio_queue::Error) -> Self {
+        Self(format!("broken virtqueue: {error}"))
+    }
+}
+
+/// A device's work, run on its thread.
+pub trait Handler: Send + 'static {
+    /// Descriptors to watch beside the kicks, each with the token that [`Handler::ready`] gets. Watched for input and
+    /// output, edge-triggered: `ready` must go on until the descriptor would block or remember that it did not.
+    fn sources(&self) -> Vec<(RawFd, u16)> {
+        Vec::new()
+    }
+    /// The driver kicked queue `position` (its place in the activation's list), or the worker has just started.
+    fn kicked(&mut self, position: usize) -> Result<(), Fault>;
+    /// The descriptor watched under `token` became readable or writable.
+    fn ready(&mut self, _token: u16) -> Result<(), Fault> {
+        Ok(())
+    }
+    /// Completes what is in flight; called before a pause takes effect and before the thread ends.
+    fn drain(&mut self) {}
+}
+
+enum Command {
+    Pause(SyncSender<()>),
+    Resume,
+    Stop,
+}
+
+/// A running device thread. Dropping it stops the thread.
+pub struct Worker {
+    commands: SyncSender<Command>,
+    wake: EventFd,
+    thread: Option<JoinHandle<()>>,
+    paused: bool,
+}
+
+const COMMAND: u64 = u64::MAX;
+const SOURCE: u64 = 1 << 32;
+
+impl Worker {
+    /// Starts a thread called `name` that serves `kicks` with `handler`.
+    ///
+    /// # Errors
+    /// When the epoll set, the eventfd or the thread cannot be made.
+    pub fn spawn<H: Handler>(
+        name: &str,
+        kicks: Vec<EventFd>,
+        handler: H,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let watch = |fd: RawFd, events, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token));
+        watch(wake.as_raw_fd(), EventSet::IN, COMMAND)?;
+        for (position, kick) in kicks.iter().enumerate() {
+            watch(kick.as_raw_fd(), EventSet::IN, position as u64)?;
+        }
+        for (fd, token) in handler.sources() {
+            let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+            watch(fd, events, SOURCE | u64::from(token))?;
+        }
+        let (commands, inbox) = sync_channel(4);
+        let thread = Loop {
+            name: name.to_owned(),
+            epoll,
+            wake: wake.try_clone()?,
+            inbox,
+            kicks,
+            handler,
+            interrupt,
+            faulted: false,
+        };
+        // The kernel keeps 15 bytes of a thread's name.
+        let short = name.get(..15).unwrap_or(name).to_owned();
+        let thread = std::thread::Builder::new().name(short).spawn(move || thread.run())?;
+        Ok(Self { commands, wake, thread: Some(thread), paused: false })
+    }
+
+    fn send(&self, command: Command) {
+        // A thread that is gone has nothing left to stop; its end was logged.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+
+    /// Returns when requests in flight are complete and the thread touches nothing until [`Worker::resume`].
+    pub fn pause(&mut self) {
+        if !self.paused {
+            let (done, wait) = sync_channel(1);
+            self.send(Command::Pause(done));
+            let _ = wait.recv();
+            self.paused = true;
+        }
+    }
+
+    /// Undoes [`Worker::pause`].
+    pub fn resume(&mut self) {
+        if self.paused {
+            self.send(Command::Resume);
+            self.paused = false;
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.send(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!("a device thread panicked");
+        }
+    }
+}
+
+struct Loop<H> {
+    name: String,
+    epoll: Epoll,
+    wake: EventFd,
+    inbox: Receiver<Command>,
+    kicks: Vec<EventFd>,
+    handler: H,
+    interrupt: Arc<dyn Interrupt>,
+    faulted: bool,
+}
+
+impl<H: Handler> Loop<H> {
+    fn run(mut self) {
+        // Kicks from before the worker existed went to nobody: look at every queue once.
+        for position in 0..self.kicks.len() {
+            let result = self.handler.kicked(position);
+            self.check(result);
+        }
+        let mut events = [EpollEvent::default(); 16];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => {
+                    error!(device = %self.name, "waiting for events failed: {e}");
+                    self.interrupt.needs_reset();
+                    return;
+                }
+            };
+            // Commands first: after a pause no queue may be touched, and the events come again on resume.
+            if events[..count].iter().any(|e| e.data() == COMMAND) {
+                let _ = self.wake.read();
+                if !self.obey() {
+                    return;
+                }
+            }
+            for event in &events[..count] {
+                match event.data() {
+                    COMMAND => {}
+                    token if token & SOURCE != 0 => self.serve(|h| h.ready(token as u16)),
+                    position => {
+                        let position = position as usize;
+                        let _ = self.kicks[position].read();
+                        self.serve(|h| h.kicked(position));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Obeys waiting commands; false when told to stop. Blocks while paused.
+    fn obey(&mut self) -> bool {
+        let mut paused = false;
+        loop {
+            let command = if paused {
+                self.inbox.recv().ok()
+            } else {
+                match self.inbox.try_recv() {
+                    Ok(command) => Some(command),
+                    Err(std::sync::mpsc::TryRecvError::Empty) => return true,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => None,
+                }
+            };
+            match command {
+                Some(Command::Pause(done)) => {
+                    self.handler.drain();
+                    paused = true;
+                    let _ = done.send(());
+                }
+                Some(Command::Resume) => paused = false,
+                Some(Command::Stop) | None => {
+                    self.handler.drain();
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn serve(&mut self, work: impl FnOnce(&mut H) -> Result<(), Fault>) {
+        if !self.faulted {
+            let result = work(&mut self.handler);
+            self.check(result);
+        }
+    }
+
+    fn check(&mut self, result: Result<(), Fault>) {
+        if let Err(fault) = result
+            && !self.faulted
+        {
+            warn!(device = %self.name, "{fault}: the driver must reset the device");
+            self.faulted = true;
+            self.interrupt.needs_reset();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    struct Ignore(AtomicUsize);
+    impl Interrupt for Ignore {
+        fn queue(&self, _: u16) {}
+        fn config(&self) {}
+        fn needs_reset(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    struct Probe {
+        seen: mpsc::Sender<&'static str>,
+        faulty: bool,
+    }
+    impl Handler for Probe {
+        fn kicked(&mut self, _: usize) -> Result<(), Fault> {
+            let _ = self.seen.send("kick");
+            if self.faulty { Err(Fault("wrong".into())) } else { Ok(()) }
+        }
+        fn drain(&mut self) {
+            let _ = self.seen.send("drain");
+        }
+    }
+
+    fn start(faulty: bool) -> (Worker, EventFd, mpsc::Receiver<&'static str>, Arc<Ignore>) {
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (seen, log) = mpsc::channel();
+        let interrupt = Arc::new(Ignore(AtomicUsize::new(0)));
+        let kicks = vec![kick.try_clone().unwrap()];
+        let worker = Worker::spawn("probe", kicks, Probe { seen, faulty }, interrupt.clone()).unwrap();
+        (worker, kick, log, interrupt)
+    }
+
+    #[test]
+    fn a_kick_during_a_pause_is_served_after_it() {
+        let (mut worker, kick, log, _) = start(false);
+        assert_eq!(log.recv(), Ok("kick"));
+        worker.pause();
+        assert_eq!(log.recv(), Ok("drain"));
+        kick.write(1).unwrap();
+        worker.pause();
+        assert!(log.try_recv().is_err());
+        worker.resume();
+        assert_eq!(log.recv(), Ok("kick"));
+        drop(worker);
+        assert_eq!(log.recv(), Ok("drain"));
+        assert!(log.recv().is_err());
+    }
+
+    #[test]
+    fn a_fault_is_told_once_and_ends_the_serving() {
+        let (mut worker, kick, log, interrupt) = start(true);
+        assert_eq!(log.recv(), Ok("kick"));
+        kick.write(1).unwrap();
+        worker.pause();
+        worker.resume();
+        drop(worker);
+        assert_eq!(log.iter().collect::<Vec<_>>(), ["drain", "drain"]);
+        assert_eq!(interrupt.0.load(Ordering::SeqCst), 1);
+    }
+}
