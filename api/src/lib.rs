@@ -1,1 +1,31 @@
-//! civic-api.
+//! The words Civic's processes say to each other: a VM's configuration, what the monitor tells about it, its errors,
+//! and (feature `client`) the HTTP client.
+//!
+//! Plain data only. Nothing here opens a device or knows KVM; whoever depends on this crate gets no runtime unless it
+//! asks for `client`.
+//!
+//! Invariants:
+//! * [`VmConfig`] refuses fields it does not know: a misspelt option is an error, never a silent default.
+//! * Whatever else is *read* here accepts unknown fields, so that an older command can talk to a newer monitor.
+//! * An error on the wire is always an [`ErrorBody`].
+
+#[cfg(feature = "client")]
+pub mod client;
+mod config;
+pub mod doctor;
+mod error;
+mod info;
+pub mod launch;
+mod mac;
+pub mod routes;
+mod size;
+
+pub use config::{
+    CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, Field, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_ID_BYTES,
+    MAX_MEMORY_BYTES, MAX_NAME_BYTES, MEMORY_STEP_BYTES, MIN_MEMORY_BYTES, NetConfig, RESERVED_IDS, VmConfig,
+    validate_name,
+};
+pub use error::{ErrorBody, ErrorCode};
+pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};
+pub use mac::{MacAddr, MacAddrError};
+pub use size::{ByteSize, ByteSizeError};

@@ -1,0 +1,341 @@
+//! What a user asks a VM to be. Checked by [`VmConfig::validate`] before anything is opened or allocated.
+
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{ByteSize, ErrorBody, ErrorCode, MacAddr};
+
+/// Longest name of a VM, in bytes: it is a directory name and, with the socket's name, part of a unix socket address.
+pub const MAX_NAME_BYTES: usize = 63;
+/// Longest id of a disk or NIC, in bytes: a disk's id is its serial number in the guest (virtio 1.2 §5.2.6: 20 bytes).
+pub const MAX_ID_BYTES: usize = 20;
+/// Most vCPUs.
+pub const MAX_CPUS: u8 = 16;
+/// Least guest RAM: below this no stock kernel unpacks itself.
+pub const MIN_MEMORY_BYTES: u64 = 16 << 20;
+/// Most guest RAM.
+pub const MAX_MEMORY_BYTES: u64 = 64 << 30;
+/// Guest RAM comes in whole huge pages.
+pub const MEMORY_STEP_BYTES: u64 = 2 << 20;
+/// Longest kernel command line, in bytes: what x86 Linux takes (`COMMAND_LINE_SIZE`) counts a final NUL.
+pub const MAX_CMDLINE_BYTES: usize = 2047;
+/// Most disks and NICs together: one PCI bus, with slots left for hotplug.
+pub const MAX_DEVICES: usize = 16;
+/// Ids of devices every VM has.
+pub const RESERVED_IDS: [&str; 3] = ["console", "rng", "serial"];
+/// The console port every VM has: the first UART, Linux's `ttyS0`.
+pub const CONSOLE_PORT_SERIAL: &str = "serial";
+
+/// A VM to be made. Paths are opened by the monitor: make them absolute unless it shares your working directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Unique on the host among VMs with the same run directory: `[a-z0-9][a-z0-9._-]{0,62}`.
+    #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,62}$")]
+    pub name: String,
+    /// Kernel image: an x86 bzImage or an uncompressed ELF.
+    #[schema(value_type = String)]
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line. Absent means [`VmConfig::effective_cmdline`]'s default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 2047)]
+    pub cmdline: Option<String>,
+    /// Guest RAM in bytes: 16 MiB to 64 GiB, a multiple of 2 MiB.
+    #[schema(minimum = 16777216, maximum = 68719476736_i64, multiple_of = 2097152)]
+    pub memory_bytes: u64,
+    /// vCPUs.
+    #[schema(minimum = 1, maximum = 16)]
+    pub cpus: u8,
+    /// Disks in PCI slot order: the first is the guest's `/dev/vda`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+    /// Network cards, in PCI slot order after the disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
+    /// Let guest RAM exceed the memory the host has available.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub overcommit: bool,
+    /// Start even where KVM seems unable to run stock kernels (no `vmx` or `svm` on this host).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub any_kvm: bool,
+}
+
+/// A disk of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Unique among the VM's disks and NICs; the disk's serial number in the guest: `[a-z0-9][a-z0-9._-]{0,19}`.
+    #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
+    pub id: String,
+    /// Image file or block device.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Refuse the guest's writes.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub read_only: bool,
+}
+
+/// A network card of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Unique among the VM's disks and NICs: `[a-z0-9][a-z0-9._-]{0,19}`.
+    #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
+    pub id: String,
+    /// Name of the host's tap interface.
+    #[schema(min_length = 1, max_length = 15)]
+    pub tap: String,
+    /// Absent means one made from the VM's name and this id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+}
+
+/// Why a [`VmConfig`] is no VM.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // The messages say it.
+pub enum ConfigError {
+    #[error(
+        "'{name}' is no name for a VM: use a-z, 0-9, '.', '_' and '-', starting with a letter or digit, at most {MAX_NAME_BYTES} characters"
+    )]
+    Name { name: String },
+    #[error("{cpus} vCPUs: must be 1 to {MAX_CPUS}")]
+    Cpus { cpus: u8 },
+    #[error("{} of memory ({bytes} bytes): must be {} to {}", ByteSize(*.bytes), ByteSize(MIN_MEMORY_BYTES), ByteSize(MAX_MEMORY_BYTES))]
+    MemoryRange { bytes: u64 },
+    #[error("{bytes} bytes of memory: must be a multiple of {}", ByteSize(MEMORY_STEP_BYTES))]
+    MemoryStep { bytes: u64 },
+    #[error("the kernel command line has {bytes} bytes: at most {MAX_CMDLINE_BYTES}")]
+    CmdlineTooLong { bytes: usize },
+    #[error("the kernel command line contains a NUL byte")]
+    CmdlineNul,
+    #[error("{field}: '{}' is no path", path.display())]
+    Path { field: Field, path: PathBuf },
+    #[error(
+        "'{id}' is no id for a device: use a-z, 0-9, '.', '_' and '-', starting with a letter or digit, at most {MAX_ID_BYTES} characters"
+    )]
+    Id { field: Field, id: String },
+    #[error("the id '{id}' is taken by a device every VM has")]
+    ReservedId { field: Field, id: String },
+    #[error("two devices have the id '{id}'")]
+    DuplicateId { field: Field, id: String },
+    #[error("{count} disks and network cards: at most {MAX_DEVICES}")]
+    TooManyDevices { field: Field, count: usize },
+    #[error("the image {} is given to two disks", path.display())]
+    DuplicateImage { path: PathBuf },
+    #[error("'{tap}' is no name of a network interface: 1 to 15 characters without '/', '%', ':' and spaces")]
+    Tap { tap: String },
+    #[error("the tap interface '{tap}' is given to two network cards")]
+    DuplicateTap { tap: String },
+    #[error("{mac} is no address for one station: the first byte must be even and not all may be zero")]
+    MacNotUnicast { mac: MacAddr },
+    #[error("two network cards have the address {mac}")]
+    DuplicateMac { mac: MacAddr },
+}
+
+/// The part of a [`VmConfig`] an error is about. `Display` gives the field's name in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the fields are.
+pub enum Field {
+    Name,
+    Kernel,
+    Initrd,
+    Cmdline,
+    Memory,
+    Cpus,
+    Disk,
+    Net,
+}
+
+impl Field {
+    /// The option of `civic run` that sets this field.
+    pub fn flag(self) -> &'static str {
+        match self {
+            Self::Name => "--name",
+            Self::Kernel => "--kernel",
+            Self::Initrd => "--initrd",
+            Self::Cmdline => "--cmdline",
+            Self::Memory => "--memory",
+            Self::Cpus => "--cpus",
+            Self::Disk => "--disk",
+            Self::Net => "--net",
+        }
+    }
+}
+
+impl std::fmt::Display for Field {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Name => "name",
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+            Self::Cmdline => "cmdline",
+            Self::Memory => "memory_bytes",
+            Self::Cpus => "cpus",
+            Self::Disk => "disks",
+            Self::Net => "nets",
+        })
+    }
+}
+
+impl ConfigError {
+    /// The part of the configuration that is wrong.
+    pub fn field(&self) -> Field {
+        match self {
+            Self::Name { .. } => Field::Name,
+            Self::Cpus { .. } => Field::Cpus,
+            Self::MemoryRange { .. } | Self::MemoryStep { .. } => Field::Memory,
+            Self::CmdlineTooLong { .. } | Self::CmdlineNul => Field::Cmdline,
+            Self::Path { field, .. }
+            | Self::Id { field, .. }
+            | Self::ReservedId { field, .. }
+            | Self::DuplicateId { field, .. }
+            | Self::TooManyDevices { field, .. } => *field,
+            Self::DuplicateImage { .. } => Field::Disk,
+            Self::Tap { .. } | Self::DuplicateTap { .. } | Self::MacNotUnicast { .. } | Self::DuplicateMac { .. } => {
+                Field::Net
+            }
+        }
+    }
+}
+
+impl From<ConfigError> for ErrorBody {
+    fn from(error: ConfigError) -> Self {
+        ErrorBody::new(ErrorCode::InvalidConfig, format!("{}: {error}", error.field()))
+    }
+}
+
+impl VmConfig {
+    /// Checks everything that can be checked without opening anything. Reports the first thing wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        validate_name(&self.name)?;
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus { cpus: self.cpus });
+        }
+        let bytes = self.memory_bytes;
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) {
+            return Err(ConfigError::MemoryRange { bytes });
+        }
+        if !bytes.is_multiple_of(MEMORY_STEP_BYTES) {
+            return Err(ConfigError::MemoryStep { bytes });
+        }
+        if let Some(cmdline) = &self.cmdline {
+            if cmdline.len() > MAX_CMDLINE_BYTES {
+                return Err(ConfigError::CmdlineTooLong { bytes: cmdline.len() });
+            }
+            if cmdline.contains('\0') {
+                return Err(ConfigError::CmdlineNul);
+            }
+        }
+        validate_path(Field::Kernel, &self.kernel)?;
+        if let Some(initrd) = &self.initrd {
+            validate_path(Field::Initrd, initrd)?;
+        }
+        self.validate_devices()
+    }
+
+    fn validate_devices(&self) -> Result<(), ConfigError> {
+        let count = self.disks.len() + self.nets.len();
+        if count > MAX_DEVICES {
+            let field = if self.disks.len() > self.nets.len() { Field::Disk } else { Field::Net };
+            return Err(ConfigError::TooManyDevices { field, count });
+        }
+        let mut ids = HashSet::new();
+        let mut check_id = |field, id: &str| {
+            let id = id.to_owned();
+            if !is_word(&id, MAX_ID_BYTES) {
+                Err(ConfigError::Id { field, id })
+            } else if RESERVED_IDS.contains(&id.as_str()) {
+                Err(ConfigError::ReservedId { field, id })
+            } else if !ids.insert(id.clone()) {
+                Err(ConfigError::DuplicateId { field, id })
+            } else {
+                Ok(())
+            }
+        };
+        // One image twice, read-only both times, is harmless.
+        let mut images: Vec<&DiskConfig> = Vec::new();
+        for disk in &self.disks {
+            check_id(Field::Disk, &disk.id)?;
+            validate_path(Field::Disk, &disk.path)?;
+            if images.iter().any(|other| other.path == disk.path && !(other.read_only && disk.read_only)) {
+                return Err(ConfigError::DuplicateImage { path: disk.path.clone() });
+            }
+            images.push(disk);
+        }
+        let (mut taps, mut macs) = (HashSet::new(), HashSet::new());
+        for net in &self.nets {
+            check_id(Field::Net, &net.id)?;
+            let tap = &net.tap;
+            if tap.is_empty()
+                || tap.len() > 15
+                || tap == "."
+                || tap == ".."
+                || tap.bytes().any(|b| b <= b' ' || b == 0x7f || matches!(b, b'/' | b'%' | b':'))
+            {
+                return Err(ConfigError::Tap { tap: tap.clone() });
+            }
+            if !taps.insert(tap) {
+                return Err(ConfigError::DuplicateTap { tap: tap.clone() });
+            }
+            if let Some(mac) = net.mac {
+                if !mac.is_unicast() {
+                    return Err(ConfigError::MacNotUnicast { mac });
+                }
+                if !macs.insert(mac) {
+                    return Err(ConfigError::DuplicateMac { mac });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The command line the kernel gets: the configured one, else `console=ttyS0`, with ` root=/dev/vda rw` (`ro` for a
+    /// read-only disk) where there is a disk and no initrd to find the root file system.
+    pub fn effective_cmdline(&self) -> String {
+        if let Some(cmdline) = &self.cmdline {
+            return cmdline.clone();
+        }
+        match self.disks.first() {
+            Some(disk) if self.initrd.is_none() => {
+                format!("console=ttyS0 root=/dev/vda {}", if disk.read_only { "ro" } else { "rw" })
+            }
+            _ => "console=ttyS0".to_owned(),
+        }
+    }
+}
+
+/// Checks the name of a VM: `[a-z0-9][a-z0-9._-]{0,62}`.
+pub fn validate_name(name: &str) -> Result<(), ConfigError> {
+    if is_word(name, MAX_NAME_BYTES) { Ok(()) } else { Err(ConfigError::Name { name: name.to_owned() }) }
+}
+
+fn is_word(text: &str, max_bytes: usize) -> bool {
+    let start = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    text.len() <= max_bytes
+        && text.bytes().next().is_some_and(start)
+        && text.bytes().all(|b| start(b) || matches!(b, b'.' | b'_' | b'-'))
+}
+
+fn validate_path(field: Field, path: &Path) -> Result<(), ConfigError> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.is_empty() || bytes.contains(&0) {
+        Err(ConfigError::Path { field, path: path.to_owned() })
+    } else {
+        Ok(())
+    }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,25 @@
+//! Paths of the HTTP API and the console's upgrade protocol, for both ends.
+
+/// `GET`: [`crate::VmInfo`].
+pub const INFO: &str = "/v1/info";
+/// `POST`: let a created VM run.
+pub const START: &str = "/v1/start";
+/// `POST`: hold a running VM.
+pub const PAUSE: &str = "/v1/pause";
+/// `POST`: let a paused VM go on.
+pub const RESUME: &str = "/v1/resume";
+/// `POST`: press the power button. Answers at once; the guest takes its time.
+pub const STOP: &str = "/v1/stop";
+/// `POST`: end the VM now, as if the plug were pulled.
+pub const KILL: &str = "/v1/kill";
+/// `GET`: Prometheus text.
+pub const METRICS: &str = "/v1/metrics";
+/// `GET`: the OpenAPI document.
+pub const OPENAPI: &str = "/v1/openapi.json";
+/// `GET` with `Upgrade: civic-console`: after `101 Switching Protocols` the connection carries the console's bytes both
+/// ways, starting with what the port printed last.
+pub const CONSOLE: &str = "/v1/console";
+/// Name of the console's protocol in `Upgrade`.
+pub const CONSOLE_PROTOCOL: &str = "civic-console";
+/// Largest request body, in bytes.
+pub const MAX_BODY_BYTES: usize = 64 << 10;
