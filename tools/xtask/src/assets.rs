@@ -1,0 +1,53 @@
+//! Everything tests boot, in one directory of the cache:
+//!
+//! ```text
+//!  assets/FLAVOUR/vmlinuz        the stock kernel's bzImage
+//!  assets/FLAVOUR/vmlinux        the ELF file inside it
+//!  assets/FLAVOUR/version        uname -r
+//!  assets/FLAVOUR/tiny.initrd    the tiny guest's initramfs
+//!  assets/FLAVOUR/initrd.img     Debian's own initrd, for debian.img
+//!  assets/debian.img             a Debian root file system (raw ext4)
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use civic_testbed::cache;
+use civic_testbed::kernel::{FLAVOURS, Kernel};
+
+use crate::tiny;
+
+/// The directory, whether or not it is complete.
+pub fn dir() -> Result<PathBuf> {
+    let dir = cache::dir()?.join("assets");
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+/// Kernels and their tiny guests.
+pub fn kernels() -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for flavour in FLAVOURS {
+        let kernel = Kernel::get(flavour)?;
+        let to = dir()?.join(flavour);
+        fs::create_dir_all(&to)?;
+        for name in ["vmlinuz", "vmlinux", "version"] {
+            link(&kernel.dir.join(name), &to.join(name))?;
+        }
+        tiny::build(&kernel, &to.join("tiny.initrd"))?;
+        kernels.push(kernel);
+    }
+    Ok(kernels)
+}
+
+/// Makes `to` the same file as `from`, unless it is.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = |p: &Path| fs::metadata(p).map(|m| m.ino()).ok();
+    if inode(from) != inode(to) {
+        cache::remove(to)?;
+        fs::hard_link(from, to)?;
+    }
+    Ok(())
+}
