@@ -1,0 +1,79 @@
+//! The seam between the API's thread and the machine's supervisor.
+//!
+//! ```text
+//!  API thread ── Request{command, reply} ──► supervisor thread: owns the machine, changes its state
+//!      │
+//!      └── View: reads what may be read without asking (atomics, short locks)
+//! ```
+//!
+//! Invariants:
+//! * the API never touches the machine: it sends a [`Command`] and waits for the reply, or reads through [`View`];
+//! * a [`View`] never waits for the supervisor, a vCPU or a device's I/O: it is called on the API's only thread;
+//! * a supervisor that ends without answering drops the reply, and the client gets an error, not silence.
+
+use std::sync::Arc;
+
+use civic_api::{ErrorBody, ErrorCode, VmInfo};
+use civic_devices::console_hub::ConsoleHub;
+use tokio::sync::oneshot;
+
+/// What a client may ask of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Created → running.
+    Start,
+    /// Running → paused; answered once no vCPU runs.
+    Pause,
+    /// Paused → running.
+    Resume,
+    /// Presses the power button; answered at once, the guest decides.
+    Stop,
+    /// Any state → stopped.
+    Kill,
+}
+
+/// A command and where its answer goes.
+#[derive(Debug)]
+pub struct Request {
+    /// What to do.
+    pub command: Command,
+    /// Takes the answer; dropping it is answered to the client as a fault of ours.
+    pub reply: oneshot::Sender<Result<(), ErrorBody>>,
+}
+
+/// What the API may read without asking the supervisor.
+pub trait View: Send + Sync + 'static {
+    /// The VM as it is now. Must not block.
+    fn info(&self) -> VmInfo;
+    /// The console port of this name, if the VM has one.
+    fn console(&self, port: &str) -> Option<Arc<ConsoleHub>>;
+}
+
+/// The API's handle on a machine.
+#[derive(Clone)]
+pub struct Control {
+    send: Arc<dyn Fn(Request) + Send + Sync>,
+    view: Arc<dyn View>,
+}
+
+impl Control {
+    /// `send` hands a request to the supervisor without blocking, or drops it when there is none any more.
+    pub fn new(send: impl Fn(Request) + Send + Sync + 'static, view: Arc<dyn View>) -> Self {
+        Self { send: Arc::new(send), view }
+    }
+
+    /// Sends `command` and waits for the answer. [`ErrorCode::Internal`] if the supervisor is gone.
+    pub async fn command(&self, command: Command) -> Result<(), ErrorBody> {
+        let (reply, answer) = oneshot::channel();
+        (self.send)(Request { command, reply });
+        answer.await.unwrap_or_else(|_| {
+            Err(ErrorBody::new(ErrorCode::Internal, "the machine ended before it answered")
+                .with_hint("see vmm.log in the VM's directory"))
+        })
+    }
+
+    /// What may be read without asking.
+    pub fn view(&self) -> &dyn View {
+        &*self.view
+    }
+}

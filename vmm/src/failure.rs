@@ -1,0 +1,96 @@
+//! What the user is told when a VM cannot be made: a code, the chain of causes, a way out.
+
+use std::io;
+
+use civic_api::{ConfigError, ErrorBody, ErrorCode};
+use civic_devices::tap::TapError;
+use civic_devices::virtio::block::DiskError;
+
+use crate::kvm::KvmError;
+use crate::machine::BuildError;
+use crate::memory::MemoryError;
+use crate::resources::ResourceError;
+
+impl From<ResourceError> for ErrorBody {
+    fn from(error: ResourceError) -> Self {
+        let (code, hint) = match &error {
+            ResourceError::Kernel { .. } => (
+                ErrorCode::KernelUnusable,
+                Some("give a bzImage (a distribution's vmlinuz) or an uncompressed vmlinux"),
+            ),
+            ResourceError::Initrd { .. } => (ErrorCode::ImageUnusable, None),
+            ResourceError::Disk { source, .. } => disk(source),
+            ResourceError::Tap { source, .. } => tap(source),
+            ResourceError::Console(_) => (ErrorCode::Internal, None),
+        };
+        told(code, &error, hint)
+    }
+}
+
+fn disk(error: &DiskError) -> (ErrorCode, Option<&'static str>) {
+    match error {
+        DiskError::Locked { .. } => (
+            ErrorCode::ImageLocked,
+            Some("stop whoever uses it, or give it to every VM as 'ro': a writable image has one user at a time"),
+        ),
+        DiskError::Permission { .. } => (ErrorCode::ImageUnusable, Some("let this user open it, or give it as 'ro'")),
+        DiskError::Size { .. } => (ErrorCode::ImageUnusable, Some("give a raw image; 'truncate -s' pads one")),
+        _ => (ErrorCode::ImageUnusable, None),
+    }
+}
+
+fn tap(error: &TapError) -> (ErrorCode, Option<&'static str>) {
+    let hint = match error {
+        TapError::Absent(_) => "make it first: 'ip tuntap add dev NAME mode tap', then 'ip link set NAME up'",
+        TapError::Permission { .. } => {
+            "run as root or with CAP_NET_ADMIN, or give the tap to this user ('ip tuntap add … user NAME')"
+        }
+        TapError::Busy(_) => "another process has it: give each VM a tap of its own",
+        _ => "'civic doctor' shows what this host can do",
+    };
+    (ErrorCode::TapUnavailable, Some(hint))
+}
+
+impl From<BuildError> for ErrorBody {
+    fn from(error: BuildError) -> Self {
+        let (code, hint) = match &error {
+            BuildError::Boot(_) => (ErrorCode::KernelUnusable, None),
+            BuildError::Layout(_) => (ErrorCode::InvalidConfig, None),
+            BuildError::Memory(MemoryError::Allocate { .. } | MemoryError::Map { .. }) => (
+                ErrorCode::OutOfMemory,
+                Some("give the VM less --memory, or raise the limit (ulimit -v, -f) of this process"),
+            ),
+            BuildError::Kvm(KvmError::Open(e)) => (ErrorCode::KvmUnavailable, Some(kvm_open(e))),
+            BuildError::Kvm(_) => (ErrorCode::KvmUnavailable, Some("'civic doctor' shows what this host's KVM can do")),
+            _ => (ErrorCode::Internal, None),
+        };
+        told(code, &error, hint)
+    }
+}
+
+/// The way out when `/dev/kvm` does not open.
+pub fn kvm_open(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "load the module (modprobe kvm_amd or kvm_intel) and switch virtualisation on in the firmware; in a VM, ask for nested \
+             virtualisation"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "run as root, or join the group that owns /dev/kvm (usually 'kvm') and log in again"
+        }
+        _ => "'civic doctor' says more",
+    }
+}
+
+fn told(code: ErrorCode, error: &(dyn std::error::Error + 'static), hint: Option<&str>) -> ErrorBody {
+    let body = ErrorBody::from_error(code, error);
+    match hint {
+        Some(hint) => body.with_hint(hint),
+        None => body,
+    }
+}
+
+/// For a configuration that is none.
+pub fn config(error: &ConfigError) -> ErrorBody {
+    told(ErrorCode::InvalidConfig, error, None)
+}

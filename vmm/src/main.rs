@@ -1,0 +1,211 @@
+//! `civic-vmm`: the monitor process of one VM. `civic run` starts it; its API socket is how to talk to it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{FromRawFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use civic_api::launch::Launch;
+use civic_api::{EndReason, ErrorBody, ErrorCode, VmConfig};
+use civic_vmm::control::{Command, Control};
+use civic_vmm::directory::Directory;
+use civic_vmm::resources::Resources;
+use civic_vmm::supervisor::Supervisor;
+use civic_vmm::{doctor, failure, preflight, server};
+use clap::{Args, Parser, Subcommand};
+use nix::sys::signal::{SigSet, Signal};
+use tracing::{error, info, warn};
+
+/// Longest configuration, in bytes.
+const MAX_CONFIG: u64 = 64 << 10;
+
+/// The monitor of one Civic VM. Started by 'civic run'; not meant to be typed.
+#[derive(Parser)]
+#[command(name = "civic-vmm", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    action: Option<Action>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Print what this host can and cannot do, as JSON.
+    Doctor {
+        /// Where VMs' directories are to be.
+        #[arg(long, default_value = "/run/civic")]
+        run_dir: PathBuf,
+    },
+}
+
+#[derive(Args)]
+#[group(multiple = true)]
+struct RunArgs {
+    /// Read the VM's configuration (JSON) from this open descriptor.
+    #[arg(long, value_name = "FD", conflicts_with = "config", value_parser = clap::value_parser!(i32).range(3..))]
+    config_fd: Option<RawFd>,
+    /// Read the VM's configuration (JSON) from this file.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The VM's own directory, for its lock, socket and logs.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CIVIC_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    if let Some(Action::Doctor { run_dir }) = cli.action {
+        return doctor_json(&run_dir);
+    }
+    match prepare(&cli.run) {
+        Ok(vm) => vm.run(),
+        Err(body) => {
+            error!("{}", body.message);
+            say(&Launch::Failed { error: body });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn doctor_json(run_dir: &Path) -> ExitCode {
+    let report = doctor::examine(run_dir);
+    match serde_json::to_string(&report) {
+        Ok(json) => println!("{json}"),
+        Err(e) => {
+            eprintln!("civic-vmm: {e}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Writes the one line that the starter waits for, then lets go of stdout so that it sees the end.
+fn say(launch: &Launch) {
+    if let Ok(line) = serde_json::to_string(launch) {
+        let mut out = io::stdout().lock();
+        // A starter that is gone is no reason to end: the socket tells the rest.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = nix::unistd::dup2_stdout(&null);
+    }
+}
+
+/// A VM that is built and answers on its socket.
+struct Vm {
+    directory: Directory,
+    server: server::ServerHandle,
+    supervisor: Supervisor,
+}
+
+fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
+    let config = read_config(args)?;
+    config.validate().map_err(|e| failure::config(&e))?;
+    let invalid = |message: &str| ErrorBody::new(ErrorCode::InvalidRequest, message);
+    let dir = args.dir.as_deref().ok_or_else(|| invalid("--dir is missing"))?;
+    let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
+    let directory = Directory::take(dir)?;
+    match build(config, &directory, signals) {
+        Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor }),
+        Err(body) => {
+            // The starter shows why; what it keeps is its own log.
+            if let Err(e) = directory.remove(false) {
+                warn!("cannot remove the VM's directory: {e}");
+            }
+            Err(body)
+        }
+    }
+}
+
+fn build(
+    config: VmConfig,
+    directory: &Directory,
+    signals: SigSet,
+) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
+    preflight::check(&config)?;
+    let resources = Resources::open(&config, directory.path())?;
+    let listener = directory.bind()?;
+    let supervisor = Supervisor::new(config, resources)?;
+    let internal = |e: io::Error| ErrorBody::internal(format!("cannot start a thread: {e}"));
+    let server = server::spawn(listener, supervisor.control()).map_err(internal)?;
+    let control = supervisor.control();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || obey_signals(&signals, &control))
+        .map_err(internal)?;
+    Ok((server, supervisor))
+}
+
+impl Vm {
+    fn run(self) -> ExitCode {
+        say(&Launch::ready(std::process::id()));
+        let reason = self.supervisor.run();
+        self.server.stop();
+        let failed = matches!(reason, EndReason::Failed { .. });
+        if let Err(e) = self.directory.remove(failed) {
+            warn!("cannot remove the VM's directory: {e}");
+        }
+        if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    }
+}
+
+fn read_config(args: &RunArgs) -> Result<VmConfig, ErrorBody> {
+    let invalid = |message: String| ErrorBody::new(ErrorCode::InvalidConfig, message);
+    let file = match (args.config_fd, &args.config) {
+        (Some(fd), _) => config_from(fd),
+        (None, Some(path)) => File::open(path).map_err(|e| invalid(format!("cannot open {}: {e}", path.display())))?,
+        (None, None) => return Err(invalid("neither --config-fd nor --config is given".into())),
+    };
+    let mut text = String::new();
+    file.take(MAX_CONFIG + 1)
+        .read_to_string(&mut text)
+        .map_err(|e| invalid(format!("cannot read the configuration: {e}")))?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(ErrorBody::new(ErrorCode::TooLarge, format!("the configuration has more than {MAX_CONFIG} bytes")));
+    }
+    serde_json::from_str(&text).map_err(|e| invalid(format!("the configuration is wrong: {e}")))
+}
+
+#[allow(unsafe_code)]
+fn config_from(fd: RawFd) -> File {
+    // SAFETY: the command line names a descriptor that the starter opened for us alone; nothing else in this process has made
+    // or used descriptors above 2 yet. One that is not open gives an error on reading.
+    unsafe { File::from_raw_fd(fd) }
+}
+
+/// Blocks the signals that end the VM, in this thread and all that it will start.
+fn block_signals() -> nix::Result<SigSet> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    Ok(signals)
+}
+
+/// The first signal presses the power button, the next ends the VM. A terminal that hangs up is no reason to end.
+fn obey_signals(signals: &SigSet, control: &Control) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else { return };
+    let mut asked = false;
+    loop {
+        match signals.wait() {
+            Ok(Signal::SIGHUP) => info!("ignoring a hang-up"),
+            Ok(signal) => {
+                let command = if asked { Command::Kill } else { Command::Stop };
+                info!(%signal, ?command, "signal");
+                if runtime.block_on(control.command(command)).is_err() {
+                    let _ = runtime.block_on(control.command(Command::Kill));
+                }
+                asked = true;
+            }
+            Err(e) => {
+                warn!("waiting for signals failed: {e}");
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Guest RAM: one memfd, mapped shared, seen by the guest in the layout's regions.
+//!
+//! Invariants: every byte of guest RAM lies in the one memfd, so that a fork can protect, share and punch it as a whole; the
+//! memfd's mode is 0600 and it is never executable, so that a descriptor of it cannot be reopened by another user.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use civic_devices::virtio::GuestRam;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{Mode, fchmod};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::layout::Layout;
+
+/// Why guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The memfd could not be made or sized.
+    #[error("cannot allocate {bytes} bytes of guest memory")]
+    Allocate {
+        /// Size asked for.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// It could not be mapped.
+    #[error("cannot map {bytes} bytes of guest memory")]
+    Map {
+        /// Size asked for.
+        bytes: u64,
+        /// What vm-memory or the kernel said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A machine's RAM.
+pub struct Memory {
+    /// The whole of it, by offset; regions follow each other without gaps.
+    pub memfd: Arc<File>,
+    /// Mapped, by guest-physical address.
+    pub ram: GuestRam,
+}
+
+impl Memory {
+    /// Allocates the RAM that `layout` describes; pages are populated on first touch.
+    pub fn allocate(layout: &Layout) -> Result<Self, MemoryError> {
+        let regions = layout.ram_regions();
+        let bytes = regions.iter().map(|region| region.1).sum();
+        let memfd = memfd(bytes).map_err(|source| MemoryError::Allocate { bytes, source })?;
+        let memfd = Arc::new(memfd);
+        let map = |source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map { bytes, source };
+        let mut mapped = Vec::new();
+        for &(start, len, offset) in &regions {
+            let file = FileOffset::from_arc(Arc::clone(&memfd), offset);
+            let region = MmapRegionBuilder::new(len as usize)
+                .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
+                .with_mmap_flags(nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE)
+                .with_file_offset(file)
+                .build()
+                .map_err(|e| map(e.into()))?;
+            let region = GuestRegionMmap::new(region, GuestAddress(start.0))
+                .ok_or_else(|| map(format!("region {:#x} wraps around", start.0).into()))?;
+            mapped.push(region);
+        }
+        let ram = GuestMemoryMmap::from_regions(mapped).map_err(|e| map(e.into()))?;
+        Ok(Self { memfd, ram: Arc::new(ram) })
+    }
+}
+
+fn memfd(bytes: u64) -> io::Result<File> {
+    let fd = memfd_create(c"civic-ram", MFdFlags::MFD_CLOEXEC)?;
+    fchmod(fd.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let file = File::from(fd);
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    use vm_memory::{Bytes, GuestMemory};
+
+    #[test]
+    fn memory_above_the_hole_follows_in_the_memfd() {
+        let layout = Layout::new(4 << 30).unwrap();
+        let memory = Memory::allocate(&layout).unwrap();
+        assert_eq!(memory.memfd.metadata().unwrap().mode() & 0o777, 0o600);
+        assert_eq!(memory.memfd.metadata().unwrap().len(), 4 << 30);
+        memory.ram.write_obj(0x1122_3344u32, GuestAddress((4 << 30) + 8)).unwrap();
+        let mut word = [0; 4];
+        memory.memfd.read_exact_at(&mut word, (3 << 30) + 8).unwrap();
+        assert_eq!(u32::from_le_bytes(word), 0x1122_3344);
+        assert!(!memory.ram.address_in_range(GuestAddress(3 << 30)));
+        // Nothing but the touched page is there.
+        assert!(memory.memfd.metadata().unwrap().blocks() * 512 <= 4096);
+    }
+}

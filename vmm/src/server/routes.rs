@@ -1,0 +1,296 @@
+//! The routes, and the OpenAPI document made from them.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{MatchedPath, Query, Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use civic_api::routes::{CONSOLE_PROTOCOL, MAX_BODY_BYTES};
+use civic_api::{ErrorBody, ErrorCode, VmConfig, VmInfo, doctor};
+use civic_devices::console_hub::ConsoleHub;
+use hyper::StatusCode;
+use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::net::UnixStream;
+use utoipa::{IntoParams, OpenApi};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::Limits;
+use super::metrics::{self, Requests};
+use crate::control::{Command, Control};
+
+/// The document's frame; the paths come from the routes. Beside what they use, it has the types of `civic run`'s
+/// configuration and of `civic doctor --json`.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Civic monitor",
+        description = "One VM's monitor, over HTTP/1.1 on the unix socket `api.sock` in the VM's directory. \
+            Every answer that is not a success has an `ErrorBody`.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    components(schemas(VmConfig, doctor::Report))
+)]
+struct Frame;
+
+#[derive(Clone)]
+struct Api {
+    control: Control,
+    limits: Limits,
+    requests: Requests,
+}
+
+/// An [`ErrorBody`] as a response.
+struct Failure(ErrorBody);
+
+impl From<ErrorBody> for Failure {
+    fn from(body: ErrorBody) -> Self {
+        Self(body)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self.0)).into_response()
+    }
+}
+
+fn documented() -> OpenApiRouter<Api> {
+    OpenApiRouter::with_openapi(Frame::openapi())
+        .routes(routes!(info))
+        .routes(routes!(start))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(stop))
+        .routes(routes!(kill))
+        .routes(routes!(vm_metrics))
+        .routes(routes!(openapi_json))
+        .routes(routes!(console))
+}
+
+/// The OpenAPI document of the API, as `GET /v1/openapi.json` gives it.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    documented().split_for_parts().1
+}
+
+pub(super) fn router(control: Control, limits: Limits) -> Router {
+    let api = Api { control, limits, requests: Requests::default() };
+    let (router, _) = documented().split_for_parts();
+    router
+        .fallback(async || {
+            Failure(ErrorBody::new(ErrorCode::NotFound, "no such route").with_hint("see GET /v1/openapi.json"))
+        })
+        .method_not_allowed_fallback(async || {
+            let error = ErrorBody::new(ErrorCode::MethodNotAllowed, "the route does not take this method");
+            Failure(error.with_hint("see GET /v1/openapi.json"))
+        })
+        // The last layer is the outermost.
+        .layer(middleware::from_fn_with_state(api.clone(), check_body))
+        .layer(middleware::from_fn_with_state(api.clone(), count))
+        .with_state(api)
+}
+
+/// Counts requests by route, method and status.
+async fn count(State(api): State<Api>, request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let method = request.method().clone();
+    let response = next.run(request).await;
+    api.requests.count(&route, &method, response.status());
+    response
+}
+
+/// Reads the body within limits. No route takes one yet: it must be absent or an empty object, for what is not known must
+/// not look obeyed.
+async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Result<Response, Failure> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Nothing {}
+
+    let (parts, body) = request.into_parts();
+    let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
+        Ok(Ok(body)) => body,
+        // Too long, or the connection broke: then nobody reads this.
+        Ok(Err(_)) => {
+            let message = format!("the body is longer than {MAX_BODY_BYTES} bytes");
+            return Err(ErrorBody::new(ErrorCode::TooLarge, message).into());
+        }
+        Err(_) => return Err(ErrorBody::new(ErrorCode::Timeout, "the body did not come in time").into()),
+    };
+    if !body.is_empty() {
+        serde_json::from_slice::<Nothing>(&body)
+            .map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, format!("the body: {error}")))?;
+    }
+    Ok(next.run(Request::from_parts(parts, Body::empty())).await)
+}
+
+/// The VM as it is now.
+#[utoipa::path(get, path = "/v1/info", responses((status = 200, body = VmInfo)))]
+async fn info(State(api): State<Api>) -> Json<VmInfo> {
+    Json(api.control.view().info())
+}
+
+/// Lets a created VM run.
+#[utoipa::path(post, path = "/v1/start", responses(
+    (status = 204, description = "It runs"),
+    (status = 409, description = "It was started before", body = ErrorBody),
+))]
+async fn start(State(api): State<Api>) -> Result<StatusCode, Failure> {
+    command(api, Command::Start).await
+}
+
+/// Holds a running VM.
+///
+/// The answer comes when no vCPU runs and no device touches its memory.
+#[utoipa::path(post, path = "/v1/pause", responses(
+    (status = 204, description = "It is paused"),
+    (status = 409, description = "It does not run", body = ErrorBody),
+))]
+async fn pause(State(api): State<Api>) -> Result<StatusCode, Failure> {
+    command(api, Command::Pause).await
+}
+
+/// Lets a paused VM go on.
+#[utoipa::path(post, path = "/v1/resume", responses(
+    (status = 204, description = "It runs"),
+    (status = 409, description = "It is not paused", body = ErrorBody),
+))]
+async fn resume(State(api): State<Api>) -> Result<StatusCode, Failure> {
+    command(api, Command::Resume).await
+}
+
+/// Presses the ACPI power button.
+///
+/// Answers at once; the guest decides what to do and when. Its monitor ends, and with it this API, once the guest has
+/// powered off.
+#[utoipa::path(post, path = "/v1/stop", responses(
+    (status = 204, description = "The button is pressed"),
+    (status = 409, description = "It does not run", body = ErrorBody),
+))]
+async fn stop(State(api): State<Api>) -> Result<StatusCode, Failure> {
+    command(api, Command::Stop).await
+}
+
+/// Ends the VM now.
+///
+/// As if the plug were pulled: what the guest has not written to its disks is lost.
+#[utoipa::path(post, path = "/v1/kill", responses((status = 204, description = "It has ended")))]
+async fn kill(State(api): State<Api>) -> Result<StatusCode, Failure> {
+    command(api, Command::Kill).await
+}
+
+async fn command(api: Api, command: Command) -> Result<StatusCode, Failure> {
+    match tokio::time::timeout(api.limits.command, api.control.command(command)).await {
+        Ok(answer) => answer?,
+        Err(_) => {
+            let message = format!("the machine did not answer within {} s", api.limits.command.as_secs());
+            let hint = "see vmm.log in the VM's directory; `civic kill` ends a VM that hangs";
+            return Err(ErrorBody::new(ErrorCode::Timeout, message).with_hint(hint).into());
+        }
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Counters and gauges of the VM, its vCPUs, devices and monitor, as OpenMetrics (Prometheus) text.
+#[utoipa::path(get, path = "/v1/metrics", responses(
+    (status = 200, content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8", body = String),
+))]
+async fn vm_metrics(State(api): State<Api>) -> Result<Response, Failure> {
+    let text = metrics::encode(&api.control.view().info(), &api.requests)
+        .map_err(|error| ErrorBody::internal(format!("cannot write the metrics: {error}")))?;
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
+}
+
+/// This document.
+#[utoipa::path(get, path = "/v1/openapi.json", responses((status = 200, content_type = "application/json", body = Object)))]
+async fn openapi_json() -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi())
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct ConsoleQuery {
+    /// Name of the port, one of `consoles` in the VM's info.
+    #[serde(default = "serial")]
+    #[param(default = "serial", required = false)]
+    port: String,
+}
+
+fn serial() -> String {
+    civic_api::CONSOLE_PORT_SERIAL.to_owned()
+}
+
+/// Attaches to a console port.
+///
+/// Send `Connection: upgrade` and `Upgrade: civic-console`. After `101` the connection carries
+/// raw bytes: from the server what the port printed last, then what it prints; from the client what is typed. Closing it
+/// detaches; shutting down the client's writing half ends the input only.
+#[utoipa::path(get, path = "/v1/console", params(ConsoleQuery), responses(
+    (status = 101, description = "The console follows"),
+    (status = 400, description = "No upgrade to civic-console was asked for", body = ErrorBody),
+    (status = 404, description = "The VM has no such port", body = ErrorBody),
+    (status = 503, description = "The port has too many clients", body = ErrorBody),
+))]
+async fn console(
+    State(api): State<Api>,
+    query: Result<Query<ConsoleQuery>, QueryRejection>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let Query(query) = query.map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.body_text()))?;
+    let Some(hub) = api.control.view().console(&query.port) else {
+        let ports = api.control.view().info().consoles.join(", ");
+        let error = ErrorBody::new(ErrorCode::NotFound, format!("the VM has no console port '{}'", query.port));
+        return Err(error.with_hint(format!("it has: {ports}")).into());
+    };
+    let (mut parts, _) = request.into_parts();
+    let asked = |name, word: &str| {
+        let values = parts.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(word))
+    };
+    if !asked(CONNECTION, "upgrade") || !asked(UPGRADE, CONSOLE_PROTOCOL) {
+        let message = format!("a console needs 'Connection: upgrade' and 'Upgrade: {CONSOLE_PROTOCOL}'");
+        return Err(ErrorBody::new(ErrorCode::InvalidRequest, message).into());
+    }
+    hub.has_room().map_err(console_refused)?;
+    let Some(upgrade) = parts.extensions.remove::<hyper::upgrade::OnUpgrade>() else {
+        return Err(ErrorBody::new(ErrorCode::InvalidRequest, "this connection cannot be upgraded").into());
+    };
+    tokio::spawn(async move {
+        let given = match tokio::time::timeout(Duration::from_secs(10), upgrade).await {
+            Ok(Ok(upgraded)) => give_to(&hub, upgraded),
+            Ok(Err(error)) => Err(io::Error::other(error)),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        if let Err(error) = given {
+            tracing::debug!(%error, "api: a console did not attach");
+        }
+    });
+    let headers = [(CONNECTION, "upgrade"), (UPGRADE, CONSOLE_PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+fn console_refused(error: io::Error) -> ErrorBody {
+    let code = match error.kind() {
+        io::ErrorKind::ResourceBusy => ErrorCode::Busy,
+        io::ErrorKind::NotConnected => ErrorCode::WrongState,
+        _ => ErrorCode::Internal,
+    };
+    ErrorBody::new(code, error.to_string())
+}
+
+/// Hands the connection's own socket to the hub: from here on no thread of ours copies its bytes.
+fn give_to(hub: &Arc<ConsoleHub>, upgraded: Upgraded) -> io::Result<()> {
+    let parts = upgraded
+        .downcast::<TokioIo<UnixStream>>()
+        .map_err(|_| io::Error::other("the upgraded connection is no unix socket"))?;
+    hub.adopt(parts.io.into_inner().into_std()?, parts.read_buf.into())
+}
