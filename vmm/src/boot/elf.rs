@@ -29,7 +29,7 @@ const MAX_NOTES_LEN: u64 = 64 << 10;
 
 const NOTE_OWNER: &[u8] = b"Xen\0";
 /// `XEN_ELFNOTE_PHYS32_ENTRY`.
-const NOTE_ENTRY: u32 = 18;
+const NOTE_ENTRY: usize = 18;
 
 /// `COMMAND_LINE_SIZE` of Linux on x86, less the terminating zero.
 const MAX_CMDLINE: u64 = 2047;
@@ -185,19 +185,19 @@ fn pvh_entry(source: &Source<'_>, program_header: &[u8]) -> Result<Option<Gpa>, 
     Ok(find_entry(&notes, 4).or_else(|| find_entry(&notes, 8)))
 }
 
-/// Walks notes of `name length, descriptor length, type, name, descriptor`, the last two padded to `align`.
+/// Walks notes of `name length, descriptor length, type, name, descriptor`, the last one and the next note aligned.
 fn find_entry(mut notes: &[u8], align: usize) -> Option<Gpa> {
     const NOTE_HEADER_LEN: usize = 12;
     loop {
-        let (header, rest) = notes.split_at_checked(NOTE_HEADER_LEN)?;
-        let word = |at| int(header, at, 4) as u32;
-        let (name_len, descriptor_len) = (word(0) as usize, word(4) as usize);
-        let name = rest.get(..name_len)?;
-        let rest = rest.get(name_len.next_multiple_of(align)..)?;
-        let descriptor = rest.get(..descriptor_len)?;
-        if word(8) == NOTE_ENTRY && name == NOTE_OWNER && descriptor_len >= 4 {
+        let header = notes.get(..NOTE_HEADER_LEN)?;
+        let word = |at| int(header, at, 4) as usize;
+        let name_end = NOTE_HEADER_LEN + word(0);
+        let start = name_end.next_multiple_of(align);
+        let end = start + word(4);
+        let (name, descriptor) = (notes.get(NOTE_HEADER_LEN..name_end)?, notes.get(start..end)?);
+        if word(8) == NOTE_ENTRY && name == NOTE_OWNER && descriptor.len() >= 4 {
             return Some(Gpa(int(descriptor, 0, 4)));
         }
-        notes = rest.get(descriptor_len.next_multiple_of(align)..)?;
+        notes = notes.get(end.next_multiple_of(align)..)?;
     }
 }

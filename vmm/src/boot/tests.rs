@@ -86,15 +86,15 @@ impl Elf {
     fn bytes(&self) -> Vec<u8> {
         let mut notes = Vec::new();
         for (kind, owner, descriptor) in
-            [(6u32, b"Lin\0", &[1, 2, 3][..]), (18, self.note_owner, &self.entry.to_le_bytes())]
+            [(6u32, &b"Linux\0"[..], &[1, 2, 3][..]), (18, &self.note_owner[..], &self.entry.to_le_bytes())]
         {
             notes.extend((owner.len() as u32).to_le_bytes());
             notes.extend((descriptor.len() as u32).to_le_bytes());
             notes.extend(kind.to_le_bytes());
-            notes.extend(owner);
-            notes.resize(12 + (notes.len() - 12).next_multiple_of(self.note_align), 0);
-            notes.extend(descriptor);
-            notes.resize(notes.len().next_multiple_of(self.note_align), 0);
+            for part in [owner, descriptor] {
+                notes.extend(part);
+                notes.resize(notes.len().next_multiple_of(self.note_align), 0);
+            }
         }
         let mut bytes = vec![0u8; 0x1800];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
