@@ -1,14 +1,21 @@
 //! `cargo xtask`: what the project's developers do, in commands.
 
 mod assets;
+mod debian;
+mod demo;
+mod place;
+mod setup;
+mod test;
 mod tiny;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 /// Set up, test and show Civic.
+///
+/// What is fetched and built is kept in $CIVIC_CACHE (default: $XDG_CACHE_HOME/civic, ~/.cache/civic).
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
@@ -18,26 +25,55 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Cmd {
+    /// Make this machine ready: packages, kernels, images and, where it is needed, the testbed.
+    Setup,
+    /// Run all checks and tests, each where it can run.
+    Test(test::Args),
+    /// Boot Debian with nginx in civic and fetch a page from it.
+    Demo {
+        /// In the testbed, even if this machine could.
+        #[arg(long)]
+        testbed: bool,
+    },
     /// Fetch the guest kernels and build the tiny guest for each.
     Kernels,
+    /// Build the Debian image.
+    Images,
+    /// Print the folder with kernels and images.
+    Assets,
+    /// Run the testbed's own command line (see `cargo xtask testbed help`).
+    #[command(disable_help_flag = true)]
+    Testbed {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    #[command(hide = true)]
+    DemoHost,
 }
 
-fn run() -> Result<bool> {
-    match Cli::parse().command {
-        Cmd::Kernels => {
-            assets::kernels()?;
+fn run() -> Result<ExitCode> {
+    let passed = match Cli::parse().command {
+        Cmd::Setup => setup::all().map(|()| true)?,
+        Cmd::Test(args) => test::run(&args)?,
+        Cmd::Demo { testbed } => demo::run(testbed)?,
+        Cmd::Kernels => assets::kernels().map(|_| true)?,
+        Cmd::Images => debian::build(&assets::kernels()?).map(|()| true)?,
+        Cmd::Assets => {
+            println!("{}", assets::dir()?.display());
+            true
         }
-    }
-    Ok(true)
+        Cmd::Testbed { args } => {
+            let status = place::testbed()?.args(args).status().context("cannot run the testbed")?;
+            return Ok(ExitCode::from(status.code().unwrap_or(125) as u8));
+        }
+        Cmd::DemoHost => demo::host().map(|()| true)?,
+    };
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            eprintln!("xtask: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    run().unwrap_or_else(|e| {
+        eprintln!("xtask: {e:#}");
+        ExitCode::FAILURE
+    })
 }

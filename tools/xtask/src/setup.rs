@@ -1,0 +1,30 @@
+//! Makes a fresh machine ready: packages, kernels, images, the testbed.
+
+use anyhow::Result;
+use civic_testbed::{apt, setup};
+
+use crate::place::Place;
+use crate::{assets, debian};
+
+/// What the project needs of the system, besides Rust. libclang is for the build of the userfaultfd crate.
+const PACKAGES: [&str; 14] = [
+    "mmdebstrap", "fakeroot", "cpio", "e2fsprogs", "iproute2", "curl", "iperf3", "libclang-dev", "pkg-config",
+    "bzip2", "util-linux", "ca-certificates", "libc-bin", "busybox-static",
+];
+
+/// Installs packages, where missing.
+pub fn packages() -> Result<()> {
+    let all: Vec<_> = PACKAGES.iter().chain(&setup::PACKAGES).copied().collect();
+    apt::install(&all)
+}
+
+/// Everything. Fast when nothing is to do.
+pub fn all() -> Result<()> {
+    packages()?;
+    let kernels = assets::kernels()?;
+    debian::build(&kernels)?;
+    if Place::for_guests().0 == Place::Testbed {
+        setup::parts()?;
+    }
+    Ok(())
+}

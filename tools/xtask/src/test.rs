@@ -1,0 +1,118 @@
+//! `cargo xtask test`: everything that has to pass.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::place::{Job, Place};
+use crate::setup;
+
+/// Seconds an integration test target may take; the testbed is slow.
+const TIMEOUT: u64 = 3600;
+const TIMEOUT_LONG: u64 = 4 * 3600;
+
+/// What to test, and where.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Run only tests whose names contain one of these, and no format or lint checks.
+    filter: Vec<String>,
+    /// Also run tests that take long (those marked `ignored`).
+    #[arg(long)]
+    long: bool,
+    /// Run guests on this machine, whatever its CPU flags say.
+    #[arg(long, conflicts_with_all = ["testbed", "kvm"])]
+    here: bool,
+    /// Run guests in the testbed.
+    #[arg(long, conflicts_with = "kvm")]
+    testbed: bool,
+    /// Run guests on this machine, and fail if it has no hardware virtualisation.
+    #[arg(long)]
+    kvm: bool,
+}
+
+/// One line of the summary.
+struct Outcome {
+    name: String,
+    passed: bool,
+    seconds: u64,
+}
+
+/// Runs all; returns whether all passed.
+pub fn run(args: &Args) -> Result<bool> {
+    setup::all()?;
+    let mut outcomes = Vec::new();
+    let mut step = |name: &str, work: &mut dyn FnMut() -> Result<bool>| {
+        println!("== {name}");
+        let start = Instant::now();
+        let passed = work().unwrap_or_else(|e| {
+            println!("{name}: {e:#}");
+            false
+        });
+        outcomes.push(Outcome { name: name.to_owned(), passed, seconds: start.elapsed().as_secs() });
+        passed
+    };
+    if args.filter.is_empty() {
+        step("format", &mut || cargo(&["fmt", "--all", "--check"], &[]));
+        let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        step("lints", &mut || cargo(&clippy, &[]));
+    } else {
+        println!("== format and lints: left out, since a filter is given");
+    }
+    let tests = test_args(args);
+    step("unit tests", &mut || cargo(&["test", "--quiet", "--workspace", "--exclude", "civic-tests", "--"], &tests));
+    if step("release build", &mut || cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])) {
+        for (target, (place, why)) in [("bare", choose(args, Place::for_bare)), ("guests", choose(args, Place::for_guests))] {
+            let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
+            step(&format!("{target} {at}: {why}"), &mut || {
+                ensure!(!args.kvm || Place::for_guests().0 == Place::Here, "--kvm, but {}", Place::for_guests().1);
+                let program = test_program(target)?;
+                let timeout = if args.long { TIMEOUT_LONG } else { TIMEOUT };
+                Job { program: &program, args: &tests, root_image: target == "guests", timeout }.run(place)
+            });
+        }
+    }
+    println!("\n== summary");
+    for o in &outcomes {
+        println!("{}  {:>5} s  {}", if o.passed { "passed" } else { "FAILED" }, o.seconds, o.name);
+    }
+    let failed = outcomes.iter().filter(|o| !o.passed).count();
+    println!("{}", if failed == 0 { "all passed".to_owned() } else { format!("{failed} of {} FAILED", outcomes.len()) });
+    Ok(failed == 0)
+}
+
+fn choose(args: &Args, by_itself: fn() -> (Place, &'static str)) -> (Place, &'static str) {
+    match args {
+        Args { here: true, .. } => (Place::Here, "--here"),
+        Args { testbed: true, .. } => (Place::Testbed, "--testbed"),
+        Args { kvm: true, .. } => (Place::Here, "--kvm"),
+        _ => by_itself(),
+    }
+}
+
+fn test_args(args: &Args) -> Vec<String> {
+    let long = args.long.then(|| "--include-ignored".to_owned());
+    args.filter.iter().cloned().chain(long).collect()
+}
+
+/// Runs cargo and says whether it succeeded.
+pub fn cargo(args: &[&str], more: &[String]) -> Result<bool> {
+    Ok(Command::new("cargo").args(args).args(more).status().context("cannot run cargo")?.success())
+}
+
+/// Builds an integration test target and returns its program.
+fn test_program(target: &str) -> Result<PathBuf> {
+    let out = Command::new("cargo")
+        .args(["test", "--quiet", "--release", "-p", "civic-tests", "--test", target, "--no-run", "--message-format=json"])
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(out.status.success(), "cannot build the test target {target}");
+    let text = String::from_utf8(out.stdout)?;
+    let programs = text.lines().filter_map(|l| {
+        let message: serde_json::Value = serde_json::from_str(l).ok()?;
+        let ours = message["target"]["name"] == target && message["profile"]["test"] == true;
+        ours.then(|| message["executable"].as_str().map(PathBuf::from)).flatten()
+    });
+    programs.last().with_context(|| format!("cargo names no program for the test target {target}"))
+}
