@@ -1,1 +1,3 @@
-//! civic-tests.
+//! The harness of the integration tests.
+
+pub mod linux;

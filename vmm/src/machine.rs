@@ -294,6 +294,7 @@ fn virtio_devices(
         devices.push((net.id.clone(), Box::new(Net::new(&net.id, Arc::clone(tap) as _, mac))));
     }
     let console = Console::new(Arc::clone(&resources.hvc)).map_err(io_error("the console"))?;
+    resources.hvc.connect_input(console.input());
     devices.push(("rng".into(), Box::new(Rng::new())));
     devices.push(("console".into(), Box::new(console)));
     Ok(devices)

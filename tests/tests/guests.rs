@@ -1,0 +1,273 @@
+//! Stock kernels, booted and put to use: every kernel as bzImage and as vmlinux, with the tiny guest and with Debian, on 1, 2 and
+//! 4 vCPUs.
+//!
+//! Run by `cargo xtask test`, on hardware KVM or in the testbed. The whole matrix of Debian guests takes long on an emulated host:
+//! by default each kernel and image runs Debian once, with the vCPU counts spread over them; `--ignored` adds the rest.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use civic_api::VmState;
+use civic_tests::linux::{Image, KERNELS, Page, STEP, Spec, Userland, Vm, run, sha256};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    for (k, kernel) in KERNELS.into_iter().enumerate() {
+        for (i, image) in [Image::BzImage, Image::Vmlinux].into_iter().enumerate() {
+            for (c, cpus) in [1, 2, 4].into_iter().enumerate() {
+                let name = |userland: &str| {
+                    let image = if image == Image::BzImage { "bzimage" } else { "vmlinux" };
+                    format!("{userland}::{kernel}::{image}::{cpus}cpu")
+                };
+                let spec = |userland, memory| Spec { kernel, image, userland, cpus, memory, more: Vec::new() };
+                let tiny = spec(Userland::Tiny, "384M");
+                trials.push(trial(name("tiny"), move || tiny_life(tiny.clone())));
+                let debian = spec(Userland::Debian, "1G");
+                let spread = (k + i) % 3 == c;
+                trials.push(trial(name("debian"), move || debian_life(&debian)).with_ignored_flag(!spread));
+            }
+        }
+    }
+    trials.push(trial("memory_above_the_hole".into(), || big_memory("5G", 5)));
+    trials.push(trial("memory_of_64_gib".into(), || big_memory("64G", 64)).with_ignored_flag(true));
+    trials.push(trial("without_initrd".into(), without_initrd));
+    trials.push(trial("sixteen_vcpus".into(), sixteen_vcpus).with_ignored_flag(true));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn trial(name: String, test: impl Fn() -> Result<()> + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        let start = Instant::now();
+        let result = test();
+        eprintln!("took {:.1} s", start.elapsed().as_secs_f64());
+        result.map_err(|e| Failed::from(format!("{e:?}")))
+    })
+}
+
+const SCRATCH_BYTES: u64 = 64 << 20;
+
+fn tiny_life(mut spec: Spec) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let scratch = dir.path().join("scratch.img");
+    File::create(&scratch)?.set_len(SCRATCH_BYTES)?;
+    spec.more = vec!["--disk".into(), format!("path={},id=scratch", scratch.display())];
+    let mut vm = Vm::start(&spec)?;
+
+    check_processors(&mut vm, &spec)?;
+    check_entropy(&mut vm)?;
+    check_serial_input(&mut vm)?;
+    check_virtio_console(&mut vm)?;
+
+    // Disk: what the guest wrote is in the image and there after a reboot.
+    ensure!(vm.sh("cat /sys/block/vda/serial")? == "scratch", "the disk's serial id");
+    vm.sh("dd if=/dev/urandom of=/tmp/data bs=64k count=64; dd if=/tmp/data of=/dev/vda bs=64k seek=16 conv=fsync")?;
+    let written = vm.sh("sha256sum < /tmp/data")?;
+    let mut on_host = vec![0; 4 << 20];
+    File::open(&scratch)?.read_exact_at(&mut on_host, 1 << 20)?;
+    ensure!(written.starts_with(&sha256(&on_host)?), "the image does not hold what the guest wrote");
+    let text = kernel_text(&mut vm)?;
+
+    let tap = (vm.tap.host, vm.tap.guest);
+    vm.sh("httpd -h /www")?;
+    let page = run("curl", &["-sS", "--max-time", "60", &format!("http://{}/", tap.1)])?;
+    ensure!(page == "hello from the tiny guest\n", "curl got {page:?}");
+    let body = vec![b'x'; 1 << 20];
+    let served = Page::serve(tap.0, body.clone())?;
+    let fetched = vm.sh(&format!("wget -q -O - {} | sha256sum", served.url()))?;
+    ensure!(fetched.starts_with(&sha256(&body)?), "wget in the guest got something else");
+    check_iperf(&mut vm)?;
+    check_pause(&mut vm, "dd if=/tmp/data of=/dev/vda bs=64k seek=200 conv=fsync")?;
+    vm.check_kernel_log()?;
+
+    vm.reboot()?;
+    let kept = vm.sh("dd if=/dev/vda bs=64k skip=16 count=64 2>/dev/null | sha256sum")?;
+    ensure!(kept == written, "after the reboot the disk holds something else");
+    ensure!(vm.sh("ls /tmp")?.is_empty(), "memory survived the reboot");
+    if spec.image == Image::BzImage {
+        let again = kernel_text(&mut vm)?;
+        ensure!(text != again || text != "ffffffff81000000", "KASLR is off: the kernel is at {text} twice");
+    }
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+fn debian_life(spec: &Spec) -> Result<()> {
+    let mut vm = Vm::start(spec)?;
+    check_processors(&mut vm, spec)?;
+    check_entropy(&mut vm)?;
+    check_virtio_console(&mut vm)?;
+    let state = vm.sh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain")?;
+    ensure!(state == "running", "systemd says:\n{state}");
+
+    let guest = vm.tap.guest;
+    let page = run("curl", &["-sS", "--max-time", "60", &format!("http://{guest}/")])?;
+    ensure!(page.contains("nginx in a Civic guest"), "nginx served {page:?}");
+    let body = vec![b'y'; 1 << 20];
+    let served = Page::serve(vm.tap.host, body.clone())?;
+    let fetched = vm.sh(&format!("curl -sS --max-time 100 {} | sha256sum", served.url()))?;
+    ensure!(fetched.starts_with(&sha256(&body)?), "curl in the guest got something else");
+    check_iperf(&mut vm)?;
+
+    vm.sh("dd if=/dev/urandom of=/root/data bs=64k count=64 conv=fsync status=none; sha256sum /root/data > /root/sum; sync")?;
+    check_pause(&mut vm, "dd if=/dev/urandom of=/root/load bs=64k count=64 conv=fsync status=none")?;
+    vm.check_kernel_log()?;
+    vm.reboot()?;
+    vm.sh("sha256sum -c /root/sum")?;
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+fn check_processors(vm: &mut Vm, spec: &Spec) -> Result<()> {
+    let online = vm.sh("nproc")?;
+    ensure!(online == spec.cpus.to_string(), "{online} processors online");
+    let clock = vm.sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")?;
+    ensure!(clock == "kvm-clock" || clock == "tsc", "the clock source is {clock}");
+    let guest: u64 = vm.sh("date +%s")?.trim().parse().context("date")?;
+    let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    ensure!(host.abs_diff(guest) <= 10, "the guest's clock says {guest}, the host's {host}");
+    Ok(())
+}
+
+fn check_entropy(vm: &mut Vm) -> Result<()> {
+    let source = vm.sh("cat /sys/class/misc/hw_random/rng_current")?;
+    ensure!(source.starts_with("virtio_rng"), "hw_random is {source}");
+    let mut read = || vm.sh("head -c 64 /dev/hwrng | sha256sum");
+    let (first, second) = (read()?, read()?);
+    ensure!(first != second, "the same 64 bytes twice");
+    ensure!(first != format!("{}  -", sha256(&[0; 64])?), "64 zero bytes");
+    Ok(())
+}
+
+/// 8 KiB typed at once arrive whole, though the UART's FIFO holds 16 bytes.
+fn check_serial_input(vm: &mut Vm) -> Result<()> {
+    let typed: Vec<u8> = (0..8192u32).map(|i| b' ' + (i.wrapping_mul(2_654_435_761) >> 24) as u8 % 94).collect();
+    let command = "stty raw; echo READY''NOW; head -c 8192 | sha256sum; stty sane -echo";
+    vm.begin(command)?;
+    vm.console.wait("READYNOW", STEP)?;
+    vm.console.send(&typed)?;
+    // BEGIN went by before READYNOW.
+    let out = vm.console.wait("END", STEP)?;
+    ensure!(out.contains(&sha256(&typed)?), "the guest received something else: {out}");
+    vm.console.wait(":0:", STEP)?;
+    Ok(())
+}
+
+fn check_virtio_console(vm: &mut Vm) -> Result<()> {
+    let mut hvc = civic_tests::linux::Console::attach(&vm.dir().join("api.sock"), "hvc0")?;
+    let command = "stty raw -echo < /dev/hvc0; echo hello-host > /dev/hvc0; head -n 1 /dev/hvc0";
+    vm.begin(command)?;
+    hvc.wait("hello-host", STEP)?;
+    hvc.send(b"hello-guest\n")?;
+    let got = vm.finish(command, STEP)?;
+    ensure!(got == "hello-guest", "hvc0 gave {got:?}");
+    Ok(())
+}
+
+fn kernel_text(vm: &mut Vm) -> Result<String> {
+    vm.sh("grep -m 1 ' _text$' /proc/kallsyms | cut -d ' ' -f 1")
+}
+
+fn check_iperf(vm: &mut Vm) -> Result<()> {
+    let guest = vm.tap.guest.to_string();
+    for reverse in [false, true] {
+        vm.sh("iperf3 -s -1 -D")?;
+        let mut args = vec!["-c", &guest, "-n", "4M", "-J", "--connect-timeout", "20000"];
+        if reverse {
+            args.push("-R");
+        }
+        // The server daemonizes before it listens.
+        let deadline = Instant::now() + STEP;
+        let report = loop {
+            match run("iperf3", &args) {
+                Ok(report) => break report,
+                Err(e) if Instant::now() > deadline => return Err(e),
+                Err(_) => {}
+            }
+        };
+        let report: serde_json::Value = serde_json::from_str(&report)?;
+        let received = report["end"]["sum_received"]["bytes"].as_u64().context("iperf3 reports no bytes")?;
+        ensure!(received >= 4 << 20, "iperf3 (reverse: {reverse}) moved only {received} bytes");
+    }
+    Ok(())
+}
+
+/// Pauses and resumes under disk and network load; nothing moves while paused, and the load ends well.
+fn check_pause(vm: &mut Vm, load: &str) -> Result<()> {
+    let guest = vm.tap.guest.to_string();
+    let mut ping = Command::new("ping").args(["-i", "0.05", "-q", &guest]).stdout(std::process::Stdio::null()).spawn()?;
+    let command = format!("(for i in 1 2 3 4 5 6; do {load} || exit 1; done) 2>&1 && echo load-ended-well");
+    vm.begin(&command)?;
+    for _ in 0..10 {
+        vm.civic(&["pause"])?;
+        let before = vm.info()?;
+        ensure!(before.state == VmState::Paused, "{:?} after pause", before.state);
+        // Long enough for a device thread or a vCPU that was forgotten to show itself.
+        let silent = run("ping", &["-c", "1", "-W", "1", &guest]);
+        ensure!(silent.is_err(), "a paused guest answers");
+        let after = vm.info()?;
+        ensure!(after.devices == before.devices && after.vcpus == before.vcpus, "counters move while paused");
+        ensure!(after.run_ms == before.run_ms, "run time grows while paused");
+        vm.civic(&["resume"])?;
+        ensure!(vm.info()?.state == VmState::Running, "not running after resume");
+    }
+    let out = vm.finish(&command, STEP)?;
+    ping.kill()?;
+    ping.wait()?;
+    ensure!(out.ends_with("load-ended-well"), "the load failed:\n{out}");
+    run("ping", &["-c", "1", "-W", "20", &guest]).map(drop)
+}
+
+fn tiny(memory: &'static str, cpus: u8, more: &[&str]) -> Spec {
+    Spec {
+        kernel: "6.12-cloud",
+        image: Image::BzImage,
+        userland: Userland::Tiny,
+        cpus,
+        memory,
+        more: more.iter().map(|s| (*s).to_owned()).collect(),
+    }
+}
+
+/// RAM on both sides of the hole below 4 GiB is there and usable.
+fn big_memory(memory: &'static str, gib: u64) -> Result<()> {
+    let mut vm = Vm::start(&tiny(memory, 1, &["--overcommit"]))?;
+    let total: u64 = vm.sh("awk '/^MemTotal/ {print $2}' /proc/meminfo")?.parse()?;
+    ensure!(total >= gib * 1024 * 1024 / 100 * 93, "the guest sees {total} KiB");
+    // Fills a file in RAM that does not fit below the hole.
+    if gib < 8 {
+        vm.sh_within("mount -t tmpfs -o size=90% big /mnt && dd if=/dev/zero of=/mnt/f bs=1M count=3500", Duration::from_secs(400))?;
+    }
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+/// A kernel without an initrd gets as far as looking for its root, panics and reboots: seen by the monitor.
+fn without_initrd() -> Result<()> {
+    let assets = civic_tests::linux::from_env("CIVIC_ASSETS")?.join("6.12-cloud");
+    let dir = tempfile::tempdir()?;
+    let mut civic = civic_tests::linux::civic(dir.path())?;
+    civic.args(["run", "--name", "bare", "--detach", "--memory", "256M", "--cpus", "1", "--cmdline", "console=ttyS0 panic=-1"]);
+    let out = civic.arg("--kernel").arg(assets.join("vmlinuz")).output()?;
+    ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let mut console = civic_tests::linux::Console::attach(&dir.path().join("bare/api.sock"), "serial")?;
+    console.wait("Unable to mount root fs", civic_tests::linux::BOOT)?;
+    console.wait("Linux version", civic_tests::linux::BOOT)?;
+    let info = civic_tests::linux::civic(dir.path())?.args(["info", "bare", "--json"]).output()?;
+    let info: civic_api::VmInfo = serde_json::from_slice(&info.stdout)?;
+    ensure!(info.boots >= 2, "{} boots", info.boots);
+    let killed = civic_tests::linux::civic(dir.path())?.args(["kill", "bare"]).output()?;
+    ensure!(killed.status.success() && !dir.path().join("bare").exists(), "kill left something behind");
+    Ok(())
+}
+
+fn sixteen_vcpus() -> Result<()> {
+    let mut vm = Vm::start(&tiny("1G", 16, &[]))?;
+    ensure!(vm.sh("nproc")? == "16", "not all processors came up");
+    vm.check_kernel_log()?;
+    vm.stop()
+}
