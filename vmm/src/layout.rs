@@ -243,7 +243,7 @@ impl Layout {
             entry(Gpa(0), EBDA, E820Kind::Ram),
             entry(EBDA, HIMEM, E820Kind::Reserved),
             entry(HIMEM, self.low_ram_end(), E820Kind::Ram),
-            // Kernels before 6.2 look for ECAM here first and complain when it is missing.
+            // As firmware does it, beside the motherboard device in the DSDT.
             entry(ECAM.start, ECAM.end(), E820Kind::Reserved),
             entry(KVM_IDENTITY_MAP, Gpa(KVM_TSS.0 + 3 * PAGE_SIZE), E820Kind::Reserved),
         ];

@@ -37,7 +37,7 @@ pub enum MsrError {
     },
 }
 
-/// What a vCPU starts with, as far as KVM lists the registers (`KVM_GET_MSR_INDEX_LIST`). The time stamp counter is not
+/// What a vCPU starts with, as far as KVM lists the registers (`KVM_GET_MSR_INDEX_LIST`), and the default memory type. The time stamp counter is not
 /// among them: KVM starts those of all vCPUs together, and a write would part them.
 pub fn boot_msrs(listed: &[u32]) -> Vec<kvm_msr_entry> {
     let listed: BTreeSet<u32> = listed.iter().copied().collect();
@@ -55,7 +55,7 @@ pub fn boot_msrs(listed: &[u32]) -> Vec<kvm_msr_entry> {
         (IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
     ]
     .into_iter()
-    // Kernels before 6.3 have the MTRRs but list none of them.
+    // Older kernels have the MTRRs but list none of them; without this one Linux would run without PAT.
     .filter(|(index, _)| listed.contains(index) || *index == IA32_MTRR_DEF_TYPE)
     .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
     .collect()
