@@ -49,7 +49,8 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub fn serve() -> Result<()> {
     fs::create_dir_all(WORKSPACE)?;
     let options = format!("{NINE_P},cache=none,access=any");
-    mount(Some("workspace"), WORKSPACE, Some("9p"), MsFlags::empty(), Some(options.as_str())).context("cannot mount the workspace")?;
+    mount(Some("workspace"), WORKSPACE, Some("9p"), MsFlags::empty(), Some(options.as_str()))
+        .context("cannot mount the workspace")?;
     let mut port = File::options().read(true).write(true).open(find_port()?)?;
     let agent = Arc::new(Agent { port: Mutex::new(port.try_clone()?), runs: Mutex::default() });
     agent.send(&Frame::new(0, Kind::Hello, VERSION.to_le_bytes()));

@@ -101,15 +101,15 @@ fn system_codename() -> String {
 
 fn lines_for(sources: &[Source], given: Option<&str>, codename: &str) -> Result<Vec<String>> {
     let with = |suite: &str| {
-        let found = sources.iter().find(|s| s.suites.iter().any(|x| x == suite) && s.components.iter().any(|c| c == "main"));
+        let found =
+            sources.iter().find(|s| s.suites.iter().any(|x| x == suite) && s.components.iter().any(|c| c == "main"));
         found.map(|s| s.uri.trim_end_matches('/').to_owned())
     };
     let Some(mirror) = given.map(str::to_owned).or_else(|| with(codename)) else {
         bail!("apt's configuration names no Debian mirror for {codename}; set CIVIC_DEBIAN_MIRROR");
     };
     let entry = |uri: &str, suite: &str| format!("deb [signed-by={KEYRING}] {uri} {suite} main");
-    let mut lines: Vec<_> =
-        ["", "-updates", "-backports"].map(|s| entry(&mirror, &format!("{RELEASE}{s}"))).to_vec();
+    let mut lines: Vec<_> = ["", "-updates", "-backports"].map(|s| entry(&mirror, &format!("{RELEASE}{s}"))).to_vec();
     if let Some(security) = with(&format!("{codename}-security")) {
         lines.push(entry(&security, &format!("{RELEASE}-security")));
     }
@@ -144,7 +144,9 @@ impl Apt {
     fn command(&self, program: &str) -> Command {
         let mut c = Command::new(program);
         let option = |key: &str, value: &str| format!("{key}={}", self.dir.join(value).display());
-        for (key, value) in [("Dir::Etc::sourcelist", "sources.list"), ("Dir::State::lists", "lists"), ("Dir::Cache", "cache")] {
+        for (key, value) in
+            [("Dir::Etc::sourcelist", "sources.list"), ("Dir::State::lists", "lists"), ("Dir::Cache", "cache")]
+        {
             c.arg("-o").arg(option(key, value));
         }
         c.args(["-o", "Dir::Etc::sourceparts=/dev/null", "-o", "APT::Sandbox::User=root"]);
@@ -170,7 +172,11 @@ impl Apt {
             c.args(["-t", suite]);
         }
         let out = c.args(["download", "-q"]).args(packages).current_dir(&debs).output()?;
-        ensure!(out.status.success(), "apt-get download {packages:?} failed:\n{}", String::from_utf8_lossy(&out.stderr));
+        ensure!(
+            out.status.success(),
+            "apt-get download {packages:?} failed:\n{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         for deb in fs::read_dir(&debs)? {
             let status = Command::new("dpkg").arg("-x").arg(deb?.path()).arg(root).status()?;
             ensure!(status.success(), "dpkg -x failed");
@@ -182,17 +188,23 @@ impl Apt {
 
 /// Installs what of `packages` is missing on this machine: as root, or by way of `sudo`.
 pub fn install(packages: &[&str]) -> Result<()> {
-    let known = Command::new("dpkg-query").args(["-W", "-f", "${Package} ${db:Status-Abbrev}\n"]).args(packages).output();
+    let known =
+        Command::new("dpkg-query").args(["-W", "-f", "${Package} ${db:Status-Abbrev}\n"]).args(packages).output();
     let known = known.context("cannot run dpkg-query: is this Debian or a relative?")?;
     let known = String::from_utf8_lossy(&known.stdout).into_owned();
-    let there = |p: &&str| known.lines().any(|l| l.split_once(' ').is_some_and(|(n, s)| n == *p && s.starts_with("ii")));
+    let there =
+        |p: &&str| known.lines().any(|l| l.split_once(' ').is_some_and(|(n, s)| n == *p && s.starts_with("ii")));
     let missing: Vec<_> = packages.iter().filter(|p| !there(p)).copied().collect();
     if missing.is_empty() {
         return Ok(());
     }
     let root = nix::unistd::geteuid().is_root();
     let sudo = || Command::new("sudo").args(["-n", "true"]).stderr(Stdio::null()).status().is_ok_and(|s| s.success());
-    ensure!(root || sudo(), "missing packages, and neither root nor sudo to install them; please run:\n  apt-get install {}", missing.join(" "));
+    ensure!(
+        root || sudo(),
+        "missing packages, and neither root nor sudo to install them; please run:\n  apt-get install {}",
+        missing.join(" ")
+    );
     crate::cache::progress(&format!("installing {}", missing.join(" ")));
     for args in [&["update", "-q"][..], &["install", "-qy", "--no-install-recommends"][..]] {
         let mut c = if root { Command::new("apt-get") } else { Command::new("sudo") };

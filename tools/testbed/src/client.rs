@@ -97,7 +97,9 @@ pub fn run(workspace: &Path, run: Run, timeout: Option<Duration>) -> Result<i32>
     let window = Arc::new(Window::default());
     let to = Arc::new(Mutex::new(stream.try_clone()?));
     loop {
-        let frame = Frame::read(&mut stream).context("the daemon ended before the command did (testbed logs)")?;
+        let Ok(frame) = Frame::read(&mut stream) else {
+            bail!("the daemon ended before the command did (testbed logs)")
+        };
         match frame.kind {
             Kind::Notice if frame.body.is_empty() => {
                 forward_signals(to.clone())?;
@@ -140,7 +142,14 @@ fn pass(mut to: impl Write, frame: &Frame, daemon: &Mutex<UnixStream>) -> Result
 
 /// From here on signals are for the command. Called before any other thread is there, so that all have them blocked.
 fn forward_signals(to: Arc<Mutex<UnixStream>>) -> Result<()> {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2]);
+    let signals = SigSet::from_iter([
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+    ]);
     signals.thread_block()?;
     std::thread::spawn(move || {
         while let Ok(signal) = signals.wait() {

@@ -27,6 +27,7 @@ use serde_json::json;
 use crate::cache;
 use crate::frame::{Frame, Kind, Request, Run, Start, VERSION, What};
 use crate::machine::{Machine, SLOTS, Size, root_tag};
+use crate::setup::agent_archive;
 
 /// L1 is paused this long after its last run: a next one often follows at once.
 const LINGER: Duration = Duration::from_secs(1);
@@ -58,29 +59,48 @@ struct State {
     next: u32,
 }
 
+/// A machine is wanted: of what size, and whom to give it.
+type Boot = (Size, Sender<Result<Arc<Machine>>>);
+
 struct Daemon {
     dir: PathBuf,
     workspace: PathBuf,
+    /// Made at the start: by the time of a second boot this program's file may have been replaced by a newer build.
+    agent: Vec<u8>,
     state: Mutex<State>,
     changed: Condvar,
-    boots: Mutex<Sender<(Size, Sender<Result<Arc<Machine>>>)>>,
+    boots: Mutex<Sender<Boot>>,
 }
 
 /// Serves a workspace's clients until told to stop or unused for long.
 pub fn serve(workspace: &Path, size: Size) -> Result<()> {
     let dir = state_dir(workspace)?;
     let file = File::options().create(true).truncate(false).write(true).open(dir.join("lock"))?;
-    let _lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| anyhow!("another daemon serves {}", workspace.display()))?;
+    let _lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| anyhow!("another daemon serves {}", workspace.display()))?;
     let _ = nix::unistd::setsid();
     cache::remove(&dir.join("sock"))?;
     let (boots, requests) = channel();
     let now = Instant::now();
     let state = State {
-        machine: None, size, paused: false, booted: now, heard: now, idle_since: now, runs: BTreeMap::new(), active: 0,
-        free: (0..SLOTS).rev().collect(), next: 1,
+        machine: None,
+        size,
+        paused: false,
+        booted: now,
+        heard: now,
+        idle_since: now,
+        runs: BTreeMap::new(),
+        active: 0,
+        free: (0..SLOTS).rev().collect(),
+        next: 1,
     };
     let daemon = Arc::new(Daemon {
-        dir: dir.clone(), workspace: workspace.to_owned(), state: Mutex::new(state), changed: Condvar::new(), boots: Mutex::new(boots),
+        dir: dir.clone(),
+        workspace: workspace.to_owned(),
+        agent: agent_archive()?,
+        state: Mutex::new(state),
+        changed: Condvar::new(),
+        boots: Mutex::new(boots),
     });
     // Bound under another name and renamed, so that whoever finds the socket can connect to it.
     let listener = UnixListener::bind(dir.join("sock.new")).or_else(|_| {
@@ -110,7 +130,7 @@ impl Daemon {
     }
 
     /// The keeper's loop. Returns when the daemon is to end.
-    fn keep(self: &Arc<Self>, requests: &Receiver<(Size, Sender<Result<Arc<Machine>>>)>) {
+    fn keep(self: &Arc<Self>, requests: &Receiver<Boot>) {
         let hang = std::env::var("TESTBED_HANG").ok().and_then(|s| s.parse().ok()).map_or(HANG, Duration::from_secs);
         loop {
             match requests.recv_timeout(Duration::from_millis(250)) {
@@ -141,7 +161,7 @@ impl Daemon {
     }
 
     fn boot(self: &Arc<Self>, size: Size) -> Result<Arc<Machine>> {
-        let (machine, mut agent) = Machine::boot(&self.dir, &self.workspace, size)?;
+        let (machine, mut agent) = Machine::boot(&self.dir, &self.workspace, size, &self.agent)?;
         let machine = Arc::new(machine);
         let (now, mut state) = (Instant::now(), self.state());
         state.machine = Some(machine.clone());
@@ -192,7 +212,14 @@ impl Daemon {
         ensure!(first.kind == Kind::Request, "a client sent {:?} first", first.kind);
         let request: Request = match serde_json::from_slice(&first.body) {
             Ok(request) => request,
-            Err(e) => return Ok(Frame::new(0, Kind::Failed, format!("the daemon does not understand: {e}; try testbed restart")).write(&mut stream)?),
+            Err(e) => {
+                return Ok(Frame::new(
+                    0,
+                    Kind::Failed,
+                    format!("the daemon does not understand: {e}; try testbed restart"),
+                )
+                .write(&mut stream)?);
+            }
         };
         match request.what {
             What::Status => Ok(Frame::new(0, Kind::Reply, self.status().to_string()).write(&mut stream)?),
@@ -205,7 +232,8 @@ impl Daemon {
                 std::process::exit(0)
             }
             What::Run(_) if request.version != VERSION => {
-                Ok(Frame::new(0, Kind::Failed, "the daemon is of another version: testbed restart").write(&mut stream)?)
+                Ok(Frame::new(0, Kind::Failed, "the daemon is of another version: testbed restart")
+                    .write(&mut stream)?)
             }
             What::Run(run) => {
                 self.state().active += 1;
@@ -249,7 +277,12 @@ impl Daemon {
                 }
                 return Ok(machine);
             }
-            ensure!(state.active == 1, "the machine is in use with {} MiB and {} CPUs", state.size.memory, state.size.cpus);
+            ensure!(
+                state.active == 1,
+                "the machine is in use with {} MiB and {} CPUs",
+                state.size.memory,
+                state.size.cpus
+            );
             state.machine = None;
             machine.kill();
         }
@@ -286,7 +319,13 @@ impl Daemon {
             }
             let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos() as u64;
             let workspace = self.workspace.display().to_string();
-            let start = Start { run: run.clone(), serials: serials.clone(), workspace, root_tag: root_tag(slot), time_ns: time };
+            let start = Start {
+                run: run.clone(),
+                serials: serials.clone(),
+                workspace,
+                root_tag: root_tag(slot),
+                time_ns: time,
+            };
             machine.send(&Frame::new(id, Kind::Start, serde_json::to_vec(&start)?))?;
             notice(client, "");
             self.carry(&machine, id, client, &events)

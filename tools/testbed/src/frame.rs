@@ -71,8 +71,9 @@ pub enum Kind {
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        let all =
-            [Hello, Ping, Pong, Request, Reply, Start, Stdin, Stdout, Stderr, Credit, Signal, Kill, Exit, Notice, Failed];
+        let all = [
+            Hello, Ping, Pong, Request, Reply, Start, Stdin, Stdout, Stderr, Credit, Signal, Kill, Exit, Notice, Failed,
+        ];
         all.into_iter().find(|k| *k as u8 == byte)
     }
 }
@@ -254,7 +255,8 @@ mod tests {
 
     #[test]
     fn frames_come_back() {
-        let frames = [Frame::new(7, Kind::Stdout, *b"abc"), Frame::new(0, Kind::Ping, []), Frame::credit(7, Kind::Stdin, 300)];
+        let frames =
+            [Frame::new(7, Kind::Stdout, *b"abc"), Frame::new(0, Kind::Ping, []), Frame::credit(7, Kind::Stdin, 300)];
         let mut bytes = Vec::new();
         for f in &frames {
             f.write(&mut bytes).unwrap();

@@ -51,7 +51,8 @@ fn build_view(start: &Start) -> Result<()> {
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
     let tmpfs = |at: &str, options: &str| {
         fs::create_dir_all(at)?;
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options)).with_context(|| format!("cannot mount {at}"))
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options))
+            .with_context(|| format!("cannot mount {at}"))
     };
     tmpfs("/work", "size=70%,mode=755")?;
     for dir in ["ro", "up", "work", "new"] {
@@ -60,18 +61,22 @@ fn build_view(start: &Start) -> Result<()> {
     let options = format!("{NINE_P},cache=loose");
     let end = Instant::now() + Duration::from_secs(20);
     // The share's last user may still be on its way out.
-    while let Err(e) = mount(Some(start.root_tag.as_str()), "/work/ro", Some("9p"), MsFlags::MS_RDONLY, Some(options.as_str())) {
+    while let Err(e) =
+        mount(Some(start.root_tag.as_str()), "/work/ro", Some("9p"), MsFlags::MS_RDONLY, Some(options.as_str()))
+    {
         if !matches!(e, Errno::EBUSY | Errno::ENOENT) || Instant::now() > end {
             return Err(e).context("cannot mount the root share");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
     let layers = "lowerdir=/work/ro,upperdir=/work/up,workdir=/work/work";
-    mount(Some("overlay"), "/work/new", Some("overlay"), MsFlags::empty(), Some(layers)).context("cannot mount the overlay")?;
+    mount(Some("overlay"), "/work/new", Some("overlay"), MsFlags::empty(), Some(layers))
+        .context("cannot mount the overlay")?;
     let bind = |from: &str, to: &str| {
         let to = format!("/work/new{to}");
         fs::create_dir_all(&to)?;
-        mount(Some(from), to.as_str(), none, MsFlags::MS_BIND | MsFlags::MS_REC, none).with_context(|| format!("cannot bind {to}"))
+        mount(Some(from), to.as_str(), none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+            .with_context(|| format!("cannot bind {to}"))
     };
     for dir in ["/dev", "/proc", "/sys"] {
         bind(dir, dir)?;

@@ -35,7 +35,8 @@ impl Kernel {
     pub fn get(flavour: &str) -> Result<Self> {
         let cache = cache::dir()?;
         let dir = cache.join("kernels").join(flavour);
-        make_once(&dir, RECIPE, |new| fetch(&cache, flavour, new)).with_context(|| format!("cannot get kernel {flavour}"))?;
+        make_once(&dir, RECIPE, |new| fetch(&cache, flavour, new))
+            .with_context(|| format!("cannot get kernel {flavour}"))?;
         let version = fs::read_to_string(dir.join("version"))?;
         Ok(Self { dir, version })
     }
@@ -89,7 +90,8 @@ fn newest<'a>(names: &'a [String], flavour: &str) -> Option<&'a str> {
     let suffix = if kind == "generic" { "-amd64" } else { "-cloud-amd64" };
     let version = |name: &'a String| {
         let rest = name.strip_prefix("linux-image-")?.strip_suffix(suffix)?;
-        let numbers = rest.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse::<u64>().ok()).collect::<Vec<_>>();
+        let numbers =
+            rest.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse::<u64>().ok()).collect::<Vec<_>>();
         let other = rest.contains("-cloud") || rest.contains("-rt") || !rest.strip_prefix(series)?.starts_with('.');
         (!other).then_some((numbers, name.as_str()))
     };
@@ -150,9 +152,17 @@ mod tests {
 
     #[test]
     fn newest_package_by_number() {
-        let names = ["linux-image-6.1.0-9-cloud-amd64", "linux-image-6.1.0-52-cloud-amd64", "linux-image-6.1.0-52-amd64",
-            "linux-image-6.12.9+deb12-amd64", "linux-image-6.12.117+deb12-amd64", "linux-image-6.12.117+deb12-rt-amd64",
-            "linux-image-6.12-amd64", "linux-image-6.12.117+deb12-cloud-amd64"].map(str::to_owned);
+        let names = [
+            "linux-image-6.1.0-9-cloud-amd64",
+            "linux-image-6.1.0-52-cloud-amd64",
+            "linux-image-6.1.0-52-amd64",
+            "linux-image-6.12.9+deb12-amd64",
+            "linux-image-6.12.117+deb12-amd64",
+            "linux-image-6.12.117+deb12-rt-amd64",
+            "linux-image-6.12-amd64",
+            "linux-image-6.12.117+deb12-cloud-amd64",
+        ]
+        .map(str::to_owned);
         assert_eq!(newest(&names, "6.1-cloud"), Some("linux-image-6.1.0-52-cloud-amd64"));
         assert_eq!(newest(&names, "6.12-generic"), Some("linux-image-6.12.117+deb12-amd64"));
         assert_eq!(newest(&names, "6.12-cloud"), Some("linux-image-6.12.117+deb12-cloud-amd64"));

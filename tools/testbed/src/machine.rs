@@ -45,12 +45,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots a machine; `dir` takes its sockets and logs. Returns it with the channel to read the agent from.
-    pub fn boot(dir: &Path, workspace: &Path, size: Size) -> Result<(Self, UnixStream)> {
+    /// Boots a machine with `agent` (an archive) in it; `dir` takes its sockets and logs. Returns it with the channel to read
+    /// the agent from.
+    pub fn boot(dir: &Path, workspace: &Path, size: Size, agent: &[u8]) -> Result<(Self, UnixStream)> {
         let parts = setup::parts()?;
         let initrd = dir.join("initrd");
         let mut bytes = fs::read(&parts.initrd)?;
-        bytes.extend(setup::agent_archive()?);
+        bytes.extend_from_slice(agent);
         fs::write(&initrd, bytes)?;
         let (qmp_path, agent_path) = (dir.join("qmp"), dir.join("agent"));
         let (qmp, agent) = (listen(&qmp_path)?, listen(&agent_path)?);
@@ -64,7 +65,10 @@ impl Machine {
         let share = "security_model=none,multidevs=remap";
         c.args(["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC-Rome,+svm,+npt,-pcid", "-M", "pc"])
             .args(["-m", &size.memory.to_string(), "-smp", &size.cpus.to_string()])
-            .arg("-kernel").arg(&parts.vmlinuz).arg("-initrd").arg(&initrd)
+            .arg("-kernel")
+            .arg(&parts.vmlinuz)
+            .arg("-initrd")
+            .arg(&initrd)
             .args(["-append", "console=hvc0 quiet loglevel=4 panic=-1 mitigations=off idle=poll"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-device", "virtio-serial-pci"])
@@ -80,7 +84,8 @@ impl Machine {
         for slot in 0..SLOTS {
             c.args(["-device", &format!("virtio-9p-pci,fsdev=root,mount_tag={}", root_tag(slot))]);
         }
-        let child = c.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().context("cannot run setpriv")?;
+        let child =
+            c.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().context("cannot run setpriv")?;
         let pid = child.id();
         let child = Mutex::new(child);
         let end = Instant::now() + BOOT;
@@ -124,7 +129,8 @@ impl Machine {
     /// open. Such a drive goes away with its device.
     pub fn plug(&self, disk: &Disk, serial: &str) -> Result<()> {
         ensure!(!disk.file.contains(['"', '\\', '\n']), "a disk image of a name that QEMU's monitor cannot take");
-        let mut drive = format!("if=none,id={serial}-drive,format=raw,cache=unsafe,file={}", disk.file.replace(',', ",,"));
+        let mut drive =
+            format!("if=none,id={serial}-drive,format=raw,cache=unsafe,file={}", disk.file.replace(',', ",,"));
         if disk.ro {
             drive += ",readonly=on";
         } else if disk.snapshot {
@@ -134,7 +140,8 @@ impl Machine {
         let said = self.qmp.command("human-monitor-command", json!({ "command-line": line }))?;
         let said = said.as_str().unwrap_or_default().trim();
         ensure!(said == "OK", "QEMU cannot open {}: {said}", disk.file);
-        let device = json!({ "driver": "virtio-blk-pci", "id": serial, "drive": format!("{serial}-drive"), "serial": serial });
+        let device =
+            json!({ "driver": "virtio-blk-pci", "id": serial, "drive": format!("{serial}-drive"), "serial": serial });
         let plugged = self.qmp.command("device_add", device);
         if plugged.is_err() {
             let line = format!("drive_del {serial}-drive");

@@ -27,7 +27,8 @@ fn name_of(file: &str) -> String {
 impl Modules {
     /// Reads the lists in `dir` (`…/lib/modules/VERSION`).
     pub fn open(dir: &Path) -> Result<Self> {
-        let read = |name: &str| fs::read_to_string(dir.join(name)).with_context(|| format!("no {name} in {}", dir.display()));
+        let read =
+            |name: &str| fs::read_to_string(dir.join(name)).with_context(|| format!("no {name} in {}", dir.display()));
         Ok(Self::parse(dir, &read("modules.dep")?, &read("modules.builtin")?))
     }
 
@@ -36,7 +37,11 @@ impl Modules {
             let (file, deps) = l.split_once(':')?;
             Some((name_of(file), (file.to_owned(), deps.split_whitespace().map(str::to_owned).collect())))
         };
-        Self { dir: dir.to_owned(), dep: dep.lines().filter_map(line).collect(), builtin: builtin.lines().map(name_of).collect() }
+        Self {
+            dir: dir.to_owned(),
+            dep: dep.lines().filter_map(line).collect(),
+            builtin: builtin.lines().map(name_of).collect(),
+        }
     }
 
     /// Files to load, in order, for `names`; a name that ends with `?` may be missing. Built-in ones need no file.

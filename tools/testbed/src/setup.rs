@@ -17,9 +17,32 @@ pub const PACKAGES: [&str; 7] =
 
 /// Modules that L1 loads, in this order after what they depend on.
 const MODULES: [&str; 26] = [
-    "irqbypass", "kvm", "kvm-amd", "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio-rng", "9p",
-    "9pnet_virtio", "crc32c_generic?", "overlay", "tun", "tap", "vhost_net", "vhost_vsock", "veth", "bridge", "loop", "ext4", "squashfs?",
-    "erofs?", "fuse", "dm-mod", "dm-snapshot", "acpiphp?",
+    "irqbypass",
+    "kvm",
+    "kvm-amd",
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "virtio_net",
+    "virtio-rng",
+    "9p",
+    "9pnet_virtio",
+    "crc32c_generic?",
+    "overlay",
+    "tun",
+    "tap",
+    "vhost_net",
+    "vhost_vsock",
+    "veth",
+    "bridge",
+    "loop",
+    "ext4",
+    "squashfs?",
+    "erofs?",
+    "fuse",
+    "dm-mod",
+    "dm-snapshot",
+    "acpiphp?",
 ];
 
 /// L1's first program. It stays as process 1: a shell that waits reaps whatever is orphaned.

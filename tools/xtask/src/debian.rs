@@ -15,15 +15,31 @@ use crate::assets;
 
 const CUSTOMIZE: &str = include_str!("../../../resources/debian/customize");
 const PACKAGES: [&str; 17] = [
-    "systemd-sysv", "udev", "dbus", "libpam-systemd", "nginx-light", "iperf3", "curl", "iproute2", "iputils-ping", "ethtool",
-    "fio", "procps", "kmod", "e2fsprogs", "initramfs-tools", "busybox", "zstd",
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "libpam-systemd",
+    "nginx-light",
+    "iperf3",
+    "curl",
+    "iproute2",
+    "iputils-ping",
+    "ethtool",
+    "fio",
+    "procps",
+    "kmod",
+    "e2fsprogs",
+    "initramfs-tools",
+    "busybox",
+    "zstd",
 ];
 const SIZE: &str = "2G";
 
 /// Builds `debian.img` and takes the initrds out of it.
 pub fn build(kernels: &[Kernel]) -> Result<()> {
     let image = assets::dir()?.join("debian.img");
-    let packages: Vec<_> = PACKAGES.iter().map(|p| (*p).to_owned()).chain(kernels.iter().map(Kernel::package)).collect();
+    let packages: Vec<_> =
+        PACKAGES.iter().map(|p| (*p).to_owned()).chain(kernels.iter().map(Kernel::package)).collect();
     let recipe = format!("1 {RELEASE} {SIZE} {} {CUSTOMIZE}", packages.join(" "));
     make_once(&image, &recipe, |new| {
         progress("building the Debian image: two to four minutes");

@@ -51,7 +51,11 @@ impl Drop for Tap {
 }
 
 fn ip(args: &[&str]) -> Result<()> {
-    ensure!(Command::new("ip").args(args).status().context("cannot run ip")?.success(), "ip {} failed (it needs root)", args.join(" "));
+    ensure!(
+        Command::new("ip").args(args).status().context("cannot run ip")?.success(),
+        "ip {} failed (it needs root)",
+        args.join(" ")
+    );
     Ok(())
 }
 
@@ -93,8 +97,26 @@ pub fn host() -> Result<()> {
     let start = Instant::now();
     let disk = format!("path={}", root.display());
     let net = format!("tap={TAP}");
-    let args = ["run", "--name", "web", "--kernel", &kernel.to_string_lossy(), "--initrd", &initrd.to_string_lossy(),
-        "--cmdline", &cmdline, "--memory", "1G", "--cpus", "2", "--disk", &disk, "--net", &net, "--detach"];
+    let args = [
+        "run",
+        "--name",
+        "web",
+        "--kernel",
+        &kernel.to_string_lossy(),
+        "--initrd",
+        &initrd.to_string_lossy(),
+        "--cmdline",
+        &cmdline,
+        "--memory",
+        "1G",
+        "--cpus",
+        "2",
+        "--disk",
+        &disk,
+        "--net",
+        &net,
+        "--detach",
+    ];
     civic.must(&args)?;
     let end = see(&civic, start);
     if end.is_err() {
@@ -137,7 +159,9 @@ fn fetch() -> Result<String> {
 fn console(civic: &Civic) -> Result<String> {
     let mut c = civic.command(&["console", "web"]);
     let mut child = c.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let (Some(mut stdin), Some(mut stdout)) = (child.stdin.take(), child.stdout.take()) else { unreachable!("both are pipes") };
+    let (Some(mut stdin), Some(mut stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        unreachable!("both are pipes")
+    };
     let (seen, text) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];
@@ -147,7 +171,12 @@ fn console(civic: &Civic) -> Result<String> {
             }
         }
     });
-    let shown = read_until(&mut child, &text, || stdin.write_all(b"\nuname -sr; systemctl is-system-running; echo d''one\n"), "done");
+    let shown = read_until(
+        &mut child,
+        &text,
+        || stdin.write_all(b"\nuname -sr; systemctl is-system-running; echo d''one\n"),
+        "done",
+    );
     let _ = child.kill();
     let _ = child.wait();
     shown

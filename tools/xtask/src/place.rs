@@ -101,7 +101,8 @@ impl Job<'_> {
         if self.root_image {
             let copy = work.join("root.img");
             let image = assets::dir()?.join("debian.img");
-            let copied = Command::new("cp").args(["--reflink=auto", "--sparse=always"]).args([&image, &copy]).status()?;
+            let copied =
+                Command::new("cp").args(["--reflink=auto", "--sparse=always"]).args([&image, &copy]).status()?;
             ensure!(copied.success(), "cannot copy the Debian image");
             c.env("CIVIC_ROOT_IMAGE", copy);
         }

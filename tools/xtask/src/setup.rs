@@ -8,8 +8,20 @@ use crate::{assets, debian};
 
 /// What the project needs of the system, besides Rust. libclang is for the build of the userfaultfd crate.
 const PACKAGES: [&str; 14] = [
-    "mmdebstrap", "fakeroot", "cpio", "e2fsprogs", "iproute2", "curl", "iperf3", "libclang-dev", "pkg-config",
-    "bzip2", "util-linux", "ca-certificates", "libc-bin", "busybox-static",
+    "mmdebstrap",
+    "fakeroot",
+    "cpio",
+    "e2fsprogs",
+    "iproute2",
+    "curl",
+    "iperf3",
+    "libclang-dev",
+    "pkg-config",
+    "bzip2",
+    "util-linux",
+    "ca-certificates",
+    "libc-bin",
+    "busybox-static",
 ];
 
 /// Installs packages, where missing.

@@ -63,7 +63,9 @@ pub fn run(args: &Args) -> Result<bool> {
     let tests = test_args(args);
     step("unit tests", &mut || cargo(&["test", "--quiet", "--workspace", "--exclude", "civic-tests", "--"], &tests));
     if step("release build", &mut || cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])) {
-        for (target, (place, why)) in [("bare", choose(args, Place::for_bare)), ("guests", choose(args, Place::for_guests))] {
+        for (target, (place, why)) in
+            [("bare", choose(args, Place::for_bare)), ("guests", choose(args, Place::for_guests))]
+        {
             let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
             step(&format!("{target} {at}: {why}"), &mut || {
                 ensure!(!args.kvm || Place::for_guests().0 == Place::Here, "--kvm, but {}", Place::for_guests().1);
@@ -78,7 +80,10 @@ pub fn run(args: &Args) -> Result<bool> {
         println!("{}  {:>5} s  {}", if o.passed { "passed" } else { "FAILED" }, o.seconds, o.name);
     }
     let failed = outcomes.iter().filter(|o| !o.passed).count();
-    println!("{}", if failed == 0 { "all passed".to_owned() } else { format!("{failed} of {} FAILED", outcomes.len()) });
+    println!(
+        "{}",
+        if failed == 0 { "all passed".to_owned() } else { format!("{failed} of {} FAILED", outcomes.len()) }
+    );
     Ok(failed == 0)
 }
 
@@ -104,7 +109,17 @@ pub fn cargo(args: &[&str], more: &[String]) -> Result<bool> {
 /// Builds an integration test target and returns its program.
 fn test_program(target: &str) -> Result<PathBuf> {
     let out = Command::new("cargo")
-        .args(["test", "--quiet", "--release", "-p", "civic-tests", "--test", target, "--no-run", "--message-format=json"])
+        .args([
+            "test",
+            "--quiet",
+            "--release",
+            "-p",
+            "civic-tests",
+            "--test",
+            target,
+            "--no-run",
+            "--message-format=json",
+        ])
         .stderr(Stdio::inherit())
         .output()?;
     ensure!(out.status.success(), "cannot build the test target {target}");

@@ -13,8 +13,20 @@ const POWER_BUTTON: &str = include_str!("../../../resources/tiny/power-button");
 
 /// Loaded in this order after what they depend on; `?` where a kernel may lack one. The last ones are for the power button.
 const MODULES: [&str; 14] = [
-    "virtio_pci", "virtio_console", "virtio-rng?", "virtio_blk", "virtio_net", "crc32c_generic?", "ext4",
-    "vmw_vsock_virtio_transport?", "virtio_balloon?", "virtio_mem?", "evdev?", "button?", "msr?", "acpiphp?",
+    "virtio_pci",
+    "virtio_console",
+    "virtio-rng?",
+    "virtio_blk",
+    "virtio_net",
+    "crc32c_generic?",
+    "ext4",
+    "vmw_vsock_virtio_transport?",
+    "virtio_balloon?",
+    "virtio_mem?",
+    "evdev?",
+    "button?",
+    "msr?",
+    "acpiphp?",
 ];
 
 /// Builds the initramfs for `kernel` as `path`, uncompressed: unpacking is slow where guests are emulated.
