@@ -1,0 +1,301 @@
+//! The command line: every option, once.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use civic_api::{ByteSize, CONSOLE_PORT_SERIAL, VmConfig, validate_name};
+use clap::{Args, Parser, Subcommand};
+
+use crate::advice;
+use crate::devices::{DiskSpec, NetSpec};
+
+const EXAMPLES: &str = "\
+Examples:
+  civic run --name web --kernel vmlinuz --memory 1G --disk path=root.img --net tap=tap0
+  civic run --name web --kernel vmlinuz --disk path=root.img --detach
+  civic list
+  civic stop web
+
+Exit status: 0, or 125 when Civic could not do what was asked; the last line then says what to do.";
+
+/// Runs virtual machines on KVM.
+#[derive(Debug, Parser)]
+#[command(name = "civic", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// Where VMs' directories are, one for each with its socket and log.
+    #[arg(long, global = true, value_name = "DIR", default_value = "/run/civic", env = "CIVIC_RUN_DIR")]
+    pub run_dir: PathBuf,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a VM.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(Box<RunArgs>),
+    /// List the VMs, running and dead.
+    #[command(visible_alias = "ls", after_help = LIST_HELP)]
+    List {
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a VM's state, devices and counters.
+    #[command(after_help = "Examples:\n  civic info web\n  civic info web --json | jq .state")]
+    Info {
+        #[arg(value_parser = name)]
+        name: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Attach to a VM's console.
+    #[command(after_help = CONSOLE_HELP)]
+    Console {
+        #[arg(value_parser = name)]
+        name: String,
+        /// Which console; 'civic info' lists them.
+        #[arg(long, default_value = CONSOLE_PORT_SERIAL)]
+        port: String,
+    },
+    /// Hold a running VM.
+    Pause {
+        #[arg(value_parser = name)]
+        name: String,
+    },
+    /// Let a paused VM go on.
+    Resume {
+        #[arg(value_parser = name)]
+        name: String,
+    },
+    /// Press a VM's power button and wait until it is off.
+    #[command(after_help = "Examples:\n  civic stop web\n  civic stop web --timeout 20 --force")]
+    Stop {
+        #[arg(value_parser = name)]
+        name: String,
+        /// How long to wait for the guest, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        timeout: u64,
+        /// End it as 'civic kill' does if it does not go by itself in time.
+        #[arg(long)]
+        force: bool,
+    },
+    /// End a VM now, as if its plug were pulled.
+    Kill {
+        #[arg(value_parser = name)]
+        name: String,
+    },
+    /// Check what this host can do and how to mend what it cannot.
+    #[command(after_help = "Exit status: 0 if VMs can run here, else 125.")]
+    Doctor {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a VM's counters in the format Prometheus reads.
+    Metrics {
+        #[arg(value_parser = name)]
+        name: String,
+    },
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  civic completion bash > /etc/bash_completion.d/civic")]
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print a manual page.
+    #[command(after_help = "Example:\n  civic man run | man -l -")]
+    Man {
+        /// The command it is about; all of Civic without.
+        command: Option<String>,
+    },
+}
+
+const RUN_EXAMPLES: &str = "\
+In the foreground the VM's serial console is on this terminal. Ctrl-] presses its power button, Ctrl-] again ends it at once;
+so do SIGINT and SIGTERM. The command ends when the VM does.
+
+Examples:
+  civic run --name web --kernel vmlinuz --memory 1G --cpus 2 --disk path=root.img --net tap=tap0
+  civic run --name web --kernel vmlinuz --initrd initrd.img --disk path=root.img \\
+      --cmdline 'console=ttyS0 root=/dev/vda1 ro' --detach
+  civic run --name tiny --kernel vmlinuz --initrd rescue.img --memory 128M
+
+Environment:
+  CIVIC_VMM      the monitor to start; else civic-vmm beside civic, else in PATH
+  CIVIC_RUN_DIR  as --run-dir";
+
+const LIST_HELP: &str = "\
+A dead VM is one whose monitor ended badly and left its log; starting a VM of that name clears it away.
+
+Examples:
+  civic list
+  civic list --json | jq -r '.[] | select(.state == \"running\") | .name'";
+
+const CONSOLE_HELP: &str = "\
+Shows what the console printed last, then what it prints. On a terminal, what is typed goes to the guest, Ctrl-C too, and Ctrl-]
+detaches: the VM runs on. Otherwise standard input goes to the guest as it is; at its end, output is shown until the VM ends.
+
+Examples:
+  civic console web
+  echo 'systemctl restart nginx' | timeout 10 civic console web";
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The VM's name: a-z, 0-9, '.', '_' and '-'.
+    #[arg(long, value_parser = name)]
+    pub name: String,
+    /// Kernel: a bzImage (a distribution's vmlinuz) or an uncompressed vmlinux.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line. By default 'console=ttyS0', and with a disk and no initrd also 'root=/dev/vda rw'.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Guest memory, such as 512M, 1G or 1.5G: 16M to 64G in steps of 2M.
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: ByteSize,
+    /// vCPUs, 1 to 16.
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    pub cpus: u8,
+    /// A disk: path=FILE[,id=ID][,ro]. Repeat for more: /dev/vda, /dev/vdb, … in the guest. A comma in FILE is doubled. The
+    /// id is the disk's serial number in the guest, by default disk0, disk1, …
+    #[arg(long = "disk", value_name = "SPEC")]
+    pub disks: Vec<DiskSpec>,
+    /// A network card: tap=NAME[,mac=ADDRESS][,id=ID]. Repeat for more. The id is by default net0, net1, …
+    #[arg(long = "net", value_name = "SPEC")]
+    pub nets: Vec<NetSpec>,
+    /// Return as soon as the guest has started, and let it run on its own.
+    #[arg(long)]
+    pub detach: bool,
+    /// Let guest memory exceed what this host has available.
+    #[arg(long)]
+    pub overcommit: bool,
+    /// Start even where KVM seems unable to run stock kernels.
+    #[arg(long)]
+    pub any_kvm: bool,
+}
+
+impl RunArgs {
+    /// The configuration for the monitor: paths absolute, ids filled in, checked. An error names the option.
+    pub fn config(&self) -> anyhow::Result<VmConfig> {
+        let absolute = |path: &PathBuf, flag: &str| {
+            std::path::absolute(path).map_err(|error| {
+                advice::error(format!("{flag} '{}': {error}", path.display()), format!("give a path to {flag}"))
+            })
+        };
+        let mut disks = Vec::new();
+        for (index, disk) in self.disks.iter().enumerate() {
+            let mut disk = disk.config(index);
+            disk.path = absolute(&disk.path, "--disk")?;
+            disks.push(disk);
+        }
+        let config = VmConfig {
+            name: self.name.clone(),
+            kernel: absolute(&self.kernel, "--kernel")?,
+            initrd: self.initrd.as_ref().map(|initrd| absolute(initrd, "--initrd")).transpose()?,
+            cmdline: self.cmdline.clone(),
+            memory_bytes: self.memory.0,
+            cpus: self.cpus,
+            disks,
+            nets: self.nets.iter().enumerate().map(|(index, net)| net.config(index)).collect(),
+            overcommit: self.overcommit,
+            any_kvm: self.any_kvm,
+        };
+        config.validate().map_err(|error| {
+            let flag = error.field().flag();
+            advice::error(format!("{flag}: {error}"), format!("change {flag}; 'civic run --help' says what it takes"))
+        })?;
+        Ok(config)
+    }
+}
+
+/// A VM's name: it becomes part of paths, so it is checked before anything is done with it.
+fn name(text: &str) -> Result<String, String> {
+    validate_name(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
+}
+
+/// The command that names `civic-vmm` in the environment.
+pub fn vmm_from_environment() -> Option<OsString> {
+    std::env::var_os("CIVIC_VMM").filter(|path| !path.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run_args(line: &str) -> Result<RunArgs, clap::Error> {
+        match Cli::try_parse_from(line.split(' '))?.command {
+            Command::Run(args) => Ok(*args),
+            command => panic!("{command:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_and_command_has_help() {
+        for command in Cli::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
+                assert!(arg.get_help().is_some(), "{} --{:?}", command.get_name(), arg.get_long());
+            }
+        }
+    }
+
+    #[test]
+    fn a_vm_from_the_command_line() {
+        let line = "civic run --name web --kernel /k --initrd i --memory 1.5G --cpus 2 --disk path=/a,ro --disk path=b,id=data \
+                    --net tap=tap0,mac=52:54:00:00:00:01 --detach --run-dir /tmp/r";
+        let args = run_args(line).unwrap();
+        assert!(args.detach);
+        let config = args.config().unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(config.initrd, Some(here.join("i")));
+        assert_eq!(config.memory_bytes, 3 << 29);
+        let disks: Vec<_> = config.disks.iter().map(|d| (d.id.as_str(), d.path.clone(), d.read_only)).collect();
+        assert_eq!(disks, [("disk0", "/a".into(), true), ("data", here.join("b"), false)]);
+        assert_eq!(config.nets[0].id, "net0");
+        assert_eq!(config.cmdline, None);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_by_its_option() {
+        let error = |options: &str| {
+            let line = format!("civic run --name web --kernel /k {options}");
+            let told = match run_args(&line) {
+                Err(error) => error.to_string(),
+                Ok(args) => advice::told(&args.config().unwrap_err()),
+            };
+            assert!(!told.trim().is_empty());
+            told
+        };
+        assert!(error("--memory 1X").contains("--memory"));
+        assert!(error("--memory 1M").contains("--memory: 1M of memory"));
+        assert!(error("--memory 17M").contains("--memory: 17825792 bytes of memory: must be a multiple of 2M"));
+        assert!(error("--cpus 0").contains("--cpus: 0 vCPUs"));
+        assert!(error("--cpus 99").contains("--cpus"));
+        assert!(error("--disk root.img").contains("--disk"));
+        assert!(error("--disk path=/a --disk path=/a").contains("--disk: the image /a is given to two disks"));
+        assert!(error("--net tap=a/b").contains("--net"));
+        assert!(error("--net tap=a,mac=01:00:00:00:00:00").contains("--net"));
+        for name in ["../x", "A", ""] {
+            assert!(Cli::try_parse_from(["civic", "info", name]).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_global_option_stands_anywhere() {
+        for line in ["civic --run-dir /r list", "civic list --run-dir /r", "civic ls --run-dir=/r --json"] {
+            assert_eq!(Cli::try_parse_from(line.split(' ')).unwrap().run_dir, PathBuf::from("/r"));
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Starting `civic-vmm`. The meeting is described in `civic_api::launch`.
+
+use std::ffi::OsStr;
+use std::fs::{DirBuilder, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::Context;
+use civic_api::launch::Launch;
+use civic_api::{ErrorBody, ErrorCode, VmConfig};
+
+use crate::rundir::RunDir;
+use crate::{advice, cli};
+
+/// How long a monitor may take to build a VM. Reading a kernel from a slow disk is the longest part.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest line a monitor says.
+const MAX_LINE: u64 = 64 << 10;
+
+/// A monitor that we started. Dropping it ends it, unless it was released.
+pub struct Monitor {
+    child: Option<Child>,
+}
+
+impl Monitor {
+    /// Starts a monitor and waits until it has built the VM.
+    pub async fn launch(dir: &RunDir, config: &VmConfig) -> anyhow::Result<Self> {
+        let program = find()?;
+        let log = open_log(dir, &config.name)?;
+        let mut command = Command::new(&program);
+        // The configuration comes by a pipe: it is on no disk and in nobody's process list.
+        command.args(["--config", "/dev/stdin", "--dir"]).arg(dir.vm(&config.name));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+        in_own_session(&mut command);
+        let child = command.spawn().map_err(|error| {
+            let hint = "set CIVIC_VMM to the civic-vmm to use";
+            advice::error(format!("cannot start {}: {error}", program.display()), hint)
+        })?;
+        let mut monitor = Self { child: Some(child) };
+        let line = monitor.first_line(serde_json::to_string(config).context("cannot write the configuration")?);
+        let line = tokio::time::timeout(LAUNCH_TIMEOUT, line).await.map_err(|_| {
+            let message = format!("the monitor did not build the VM within {} s", LAUNCH_TIMEOUT.as_secs());
+            advice::error(message, format!("see {}", dir.log(&config.name).display()))
+        })??;
+        match serde_json::from_str(&line) {
+            Ok(Launch::Ready { .. }) => Ok(monitor),
+            Ok(Launch::Failed { error }) => {
+                monitor.wait().await?;
+                Err(error.into())
+            }
+            Err(_) => {
+                let status = monitor.kill().map_or_else(String::new, |status| format!(" ({status})"));
+                Err(advice::error(format!("the monitor failed{status}"), log_hint(&dir.log(&config.name))))
+            }
+        }
+    }
+
+    /// Gives the monitor its configuration and reads the line it answers with; empty when it ends without.
+    async fn first_line(&mut self, config: String) -> anyhow::Result<String> {
+        let child = self.child.as_mut().context("the monitor is gone")?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let answer = tokio::task::spawn_blocking(move || -> io::Result<String> {
+            if let Some(mut stdin) = stdin {
+                // It may end before it reads: what it says about that is worth more than this error.
+                let _ = stdin.write_all(config.as_bytes());
+            }
+            let mut line = String::new();
+            if let Some(stdout) = stdout {
+                BufReader::new(stdout.take(MAX_LINE)).read_line(&mut line)?;
+            }
+            Ok(line)
+        });
+        answer.await?.context("cannot read what the monitor says")
+    }
+
+    /// Waits until it ends.
+    pub async fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        let mut child = self.child.take().context("the monitor is gone")?;
+        tokio::task::spawn_blocking(move || child.wait()).await?.context("cannot wait for the monitor")
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Option<i32> {
+        self.child.as_ref().and_then(|child| child.id().try_into().ok())
+    }
+
+    /// Lets it live on by itself.
+    pub fn release(mut self) {
+        self.child = None;
+    }
+
+    fn kill(&mut self) -> Option<ExitStatus> {
+        let mut child = self.child.take()?;
+        let _ = child.kill(); // It may have ended already.
+        child.wait().ok()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// What `civic-vmm doctor` says, as JSON.
+pub fn doctor(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
+    let program = find()?;
+    let output = Command::new(&program).args(["doctor", "--run-dir"]).arg(run_dir).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("cannot run {}", program.display()))?;
+    if output.stdout.is_empty() {
+        return Err(advice::error(
+            format!("{} doctor says nothing ({})", program.display(), output.status),
+            "set CIVIC_VMM to a civic-vmm of this version",
+        ));
+    }
+    Ok(output.stdout)
+}
+
+/// Where to read why a monitor ended, with the log's last line.
+pub fn log_hint(log: &Path) -> String {
+    let last = std::fs::read(log).ok().and_then(|text| {
+        let text = String::from_utf8_lossy(&text[text.len().saturating_sub(4096)..]).into_owned();
+        text.lines().rfind(|line| !line.trim().is_empty()).map(crate::table::printable)
+    });
+    match last {
+        Some(line) => format!("its last words: {line}\nsee {}", log.display()),
+        None => format!("see {}", log.display()),
+    }
+}
+
+/// The monitor's executable: `CIVIC_VMM`, else beside our own, else in `PATH`.
+fn find() -> anyhow::Result<PathBuf> {
+    const NAME: &str = "civic-vmm";
+    if let Some(path) = cli::vmm_from_environment() {
+        let path = PathBuf::from(path);
+        if path.is_file() {
+            return Ok(path);
+        }
+        let message = format!("CIVIC_VMM is '{}', which is no file", path.display());
+        return Err(advice::error(message, "set CIVIC_VMM to the civic-vmm to use, or unset it"));
+    }
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    search(beside.into_iter().chain(std::env::split_paths(&path)), OsStr::new(NAME)).ok_or_else(|| {
+        advice::error(format!("{NAME} is not to be found"), "install it beside civic, or set CIVIC_VMM to it")
+    })
+}
+
+fn search(directories: impl Iterator<Item = PathBuf>, name: &OsStr) -> Option<PathBuf> {
+    directories.filter(|dir| dir.is_absolute()).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
+
+/// The VM's directory, made if need be, and its log, emptied: unless a monitor uses them.
+fn open_log(dir: &RunDir, name: &str) -> anyhow::Result<File> {
+    let vm = dir.vm(name);
+    let unusable = |error: io::Error| {
+        let message = format!("cannot use {}: {error}", vm.display());
+        advice::error(message, "choose another with --run-dir or CIVIC_RUN_DIR, or let this user write there")
+    };
+    // A monitor that is just ending removes the directory: then make it again.
+    for _ in 0..100 {
+        DirBuilder::new().recursive(true).mode(0o700).create(&vm).map_err(unusable)?;
+        if dir.is_locked(name).map_err(unusable)? {
+            let error = ErrorBody::new(ErrorCode::NameInUse, format!("a VM named '{name}' is running"));
+            let hint = format!("choose another --name, or end it with 'civic stop {name}'");
+            return Err(error.with_hint(hint).into());
+        }
+        match File::options().create(true).write(true).truncate(true).mode(0o600).open(dir.log(name)) {
+            Ok(log) => return Ok(log),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => std::thread::sleep(Duration::from_millis(10)),
+            Err(error) => return Err(unusable(error)),
+        }
+    }
+    Err(advice::error(format!("{} keeps vanishing", vm.display()), "see what removes it"))
+}
+
+/// Keeps the terminal's signals from the monitor: it is told what to do by its API.
+#[allow(unsafe_code)]
+fn in_own_session(command: &mut Command) {
+    let setsid = || nix::unistd::setsid().map(drop).map_err(io::Error::from);
+    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed: setsid(2)
+    // is one, and turning its error into an io::Error allocates nothing.
+    unsafe { command.pre_exec(setsid) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_monitor_is_searched_in_order() {
+        let temp = tempfile::tempdir().unwrap();
+        let dirs: Vec<_> = ["a", "b", "c"].iter().map(|name| temp.path().join(name)).collect();
+        for dir in &dirs[1..] {
+            std::fs::create_dir(dir).unwrap();
+            std::fs::write(dir.join("x"), "").unwrap();
+        }
+        let found = search([PathBuf::from("relative")].into_iter().chain(dirs.clone()), OsStr::new("x"));
+        assert_eq!(found, Some(dirs[1].join("x")));
+        assert_eq!(search(dirs.into_iter(), OsStr::new("y")), None);
+    }
+
+    #[test]
+    fn the_logs_last_line_is_told() {
+        let temp = tempfile::tempdir().unwrap();
+        let log = temp.path().join("vmm.log");
+        assert!(!log_hint(&log).contains("last words"));
+        std::fs::write(&log, "one\ntwo\u{1b}[0m\n\n").unwrap();
+        assert!(log_hint(&log).starts_with("its last words: two\u{fffd}[0m\n"));
+    }
+}

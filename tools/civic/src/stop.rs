@@ -1,0 +1,92 @@
+//! `civic stop` and `civic kill`: both return when the VM's process is gone.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::Context;
+use civic_api::ErrorCode;
+use civic_api::client::ClientError;
+use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use crate::process::Process;
+use crate::rundir::{Found, RunDir};
+use crate::{advice, explain};
+
+/// How long a monitor may take to go once the plug is pulled.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Presses the power button and waits for at most `seconds`; then, with `force`, kills.
+pub async fn stop(dir: &RunDir, name: &str, seconds: u64, force: bool) -> anyhow::Result<()> {
+    let client = dir.client(name);
+    let info = client.info().await.map_err(|error| explain(dir, name, error))?;
+    // The id is the monitor's: it answers again below, after this was opened.
+    let process = open(info.pid)?;
+    match client.stop().await {
+        Ok(()) => {}
+        Err(ClientError::Refused(body)) if body.code == ErrorCode::WrongState && force => return kill(dir, name).await,
+        Err(error) => return Err(explain(dir, name, error)),
+    }
+    let progress = spinner(format!("waiting for {name} to switch itself off"));
+    let ended = process.wait(Duration::from_secs(seconds)).await;
+    progress.finish_and_clear();
+    if ended {
+        Ok(())
+    } else if force {
+        kill(dir, name).await
+    } else {
+        let hint =
+            format!("wait longer with --timeout, or end it with 'civic stop --force {name}' or 'civic kill {name}'");
+        Err(advice::error(format!("{name} has not switched itself off within {seconds} s"), hint))
+    }
+}
+
+/// Ends the VM now. A monitor that does not answer is killed as a process.
+pub async fn kill(dir: &RunDir, name: &str) -> anyhow::Result<()> {
+    let process = match dir.find(name).await {
+        Found::Alive(info) => {
+            let process = open(info.pid)?;
+            match dir.client(name).kill().await {
+                // It may end before it has answered.
+                Ok(()) | Err(ClientError::NotRunning { .. } | ClientError::Broken(_)) => {}
+                Err(error) => return Err(explain(dir, name, error)),
+            }
+            process
+        }
+        Found::Silent => {
+            let Some(pid) = dir.lock_holder(name) else { return Err(dir.not_running(name)) };
+            let process = open(pid.unsigned_abs())?;
+            // Holding the lock still, after its id was opened, it is the one.
+            if dir.lock_holder(name) != Some(pid) {
+                return Err(dir.not_running(name));
+            }
+            nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL)
+                .with_context(|| format!("cannot kill the monitor, process {pid}"))?;
+            process
+        }
+        Found::Dead => return Err(dir.not_running(name)),
+    };
+    if process.wait(KILL_TIMEOUT).await {
+        return Ok(());
+    }
+    let hint = format!("see {}", dir.log(name).display());
+    Err(advice::error(format!("the monitor of {name} has not ended within {} s", KILL_TIMEOUT.as_secs()), hint))
+}
+
+fn open(pid: u32) -> anyhow::Result<Process> {
+    Process::open(pid).with_context(|| format!("cannot watch the monitor, process {pid}"))
+}
+
+/// A sign of life on a terminal; nothing elsewhere.
+fn spinner(message: String) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
+        spinner.set_style(style);
+    }
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
