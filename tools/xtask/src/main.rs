@@ -8,10 +8,13 @@ mod setup;
 mod test;
 mod tiny;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+
+use crate::place::{Job, Place};
 
 /// Set up, test and show Civic.
 ///
@@ -35,6 +38,17 @@ enum Cmd {
         #[arg(long)]
         testbed: bool,
     },
+    /// Run a program where guests can run, with the environment that integration tests have (CIVIC_ASSETS, …).
+    Exec {
+        /// In the testbed, even if this machine could.
+        #[arg(long)]
+        testbed: bool,
+        /// The program's file.
+        program: PathBuf,
+        /// Its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Fetch the guest kernels and build the tiny guest for each.
     Kernels,
     /// Build the Debian image.
@@ -56,6 +70,11 @@ fn run() -> Result<ExitCode> {
         Cmd::Setup => setup::all().map(|()| true)?,
         Cmd::Test(args) => test::run(&args)?,
         Cmd::Demo { testbed } => demo::run(testbed)?,
+        Cmd::Exec { testbed, program, args } => {
+            setup::all()?;
+            let place = if testbed { Place::Testbed } else { Place::for_guests().0 };
+            Job { program: &program, args: &args, root_image: true, timeout: 3600 }.run(place)?
+        }
         Cmd::Kernels => assets::kernels().map(|_| true)?,
         Cmd::Images => debian::build(&assets::kernels()?).map(|()| true)?,
         Cmd::Assets => {

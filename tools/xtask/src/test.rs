@@ -124,10 +124,10 @@ fn test_program(target: &str) -> Result<PathBuf> {
         .output()?;
     ensure!(out.status.success(), "cannot build the test target {target}");
     let text = String::from_utf8(out.stdout)?;
-    let programs = text.lines().filter_map(|l| {
+    let mut programs = text.lines().filter_map(|l| {
         let message: serde_json::Value = serde_json::from_str(l).ok()?;
         let ours = message["target"]["name"] == target && message["profile"]["test"] == true;
         ours.then(|| message["executable"].as_str().map(PathBuf::from)).flatten()
     });
-    programs.last().with_context(|| format!("cargo names no program for the test target {target}"))
+    programs.next_back().with_context(|| format!("cargo names no program for the test target {target}"))
 }
