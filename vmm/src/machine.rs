@@ -141,6 +141,7 @@ impl Machine {
         let vm = kvm::create_vm(&kvm)?;
         kvm::slots::insert_ram(&vm, &memory.ram)?;
         let cpuid = cpuid(&kvm, config.cpus)?;
+        layout.check_reach(cpuid.phys_bits())?;
 
         let interrupts = Interrupts::new(Arc::clone(&vm)).map_err(io_error("the interrupt routing"))?;
         let gate = Gate::new();

@@ -85,7 +85,7 @@ fn memfd(bytes: u64) -> io::Result<File> {
 mod tests {
     use super::*;
     use std::os::unix::fs::{FileExt, MetadataExt};
-    use vm_memory::{Bytes, GuestMemory};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]
     fn memory_above_the_hole_follows_in_the_memfd() {

@@ -144,6 +144,7 @@ fn describe_machine(entry: &mut kvm_cpuid_entry2, cpus: u8, tsc_deadline: bool, 
             // Cache lines of 8 × 8 bytes, and how many logical processors the socket holds.
             entry.ebx = cores << 16 | 8 << 8;
             set(&mut entry.ecx, 3, false); // MONITOR
+            set(&mut entry.ecx, 5, false); // VMX: a guest's own guests are state that no fork could carry
             set(&mut entry.ecx, 15, false); // PDCM
             set(&mut entry.ecx, 21, true); // x2APIC
             set(&mut entry.ecx, 24, tsc_deadline);
@@ -159,11 +160,12 @@ fn describe_machine(entry: &mut kvm_cpuid_entry2, cpus: u8, tsc_deadline: bool, 
                 entry.eax |= last_id << 26;
             }
         }
-        // MONITOR parameters, performance counters of Intel and of AMD.
-        5 | 0xa | 0x8000_0022 => {
+        // MONITOR parameters, performance counters of Intel and of AMD, SVM.
+        5 | 0xa | 0x8000_000a | 0x8000_0022 => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         0x8000_0001 => {
+            set(&mut entry.ecx, 2, false); // SVM, as VMX above
             for counters in [23, 24, 28] {
                 set(&mut entry.ecx, counters, false);
             }

@@ -108,7 +108,7 @@ fn amd_counts_its_cores() {
     let table = table(&amd(), 6, 5);
     assert_eq!(leaf(&table, 0x8000_0008, 0)[2], 3 << 12 | 5);
     assert_eq!(leaf(&table, 0x8000_001e, 0), [5, 5, 0, 0]);
-    assert_eq!(leaf(&table, 0x8000_0001, 0)[2], !(1 << 23 | 1 << 24 | 1 << 28));
+    assert_eq!(leaf(&table, 0x8000_0001, 0)[2], !(1 << 2 | 1 << 23 | 1 << 24 | 1 << 28));
     assert!(!table.iter().any(|e| e.function == 0x8000_0026));
     assert_eq!(leaf(&table, 0x8000_0022, 0), [0; 4]);
     let one = self::table(&amd(), 1, 0);
@@ -126,6 +126,15 @@ fn no_counters_and_a_clock() {
     }
     assert_eq!(leaf(&table, 0x1f, 1), leaf(&table, 0xb, 1));
     assert_eq!(leaf(&table, 0x8000_0008, 0)[2], 0, "reserved on Intel");
+}
+
+#[test]
+fn no_nested_virtualisation() {
+    let mut with_svm = amd();
+    with_svm.push(entry(0x8000_000a, 0, [1, 16, 0, 0xb]));
+    assert_eq!(leaf(&table(&intel(), 2, 0), 1, 0)[2] & 1 << 5, 0);
+    assert_eq!(leaf(&table(&with_svm, 2, 0), 0x8000_0001, 0)[2] & 1 << 2, 0);
+    assert_eq!(leaf(&table(&with_svm, 2, 0), 0x8000_000a, 0), [0; 4]);
 }
 
 #[test]
