@@ -44,6 +44,7 @@ pub enum Command {
     /// Show a VM's state, devices and counters.
     #[command(after_help = "Examples:\n  civic info web\n  civic info web --json | jq .state")]
     Info {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
         /// Print JSON.
@@ -53,6 +54,7 @@ pub enum Command {
     /// Attach to a VM's console.
     #[command(after_help = CONSOLE_HELP)]
     Console {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
         /// Which console; 'civic info' lists them.
@@ -61,17 +63,20 @@ pub enum Command {
     },
     /// Hold a running VM.
     Pause {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
     },
     /// Let a paused VM go on.
     Resume {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
     },
     /// Press a VM's power button and wait until it is off.
     #[command(after_help = "Examples:\n  civic stop web\n  civic stop web --timeout 20 --force")]
     Stop {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
         /// How long to wait for the guest, in seconds.
@@ -83,6 +88,7 @@ pub enum Command {
     },
     /// End a VM now, as if its plug were pulled.
     Kill {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
     },
@@ -95,6 +101,7 @@ pub enum Command {
     },
     /// Print a VM's counters in the format Prometheus reads.
     Metrics {
+        /// The VM.
         #[arg(value_parser = name)]
         name: String,
     },
@@ -113,8 +120,8 @@ pub enum Command {
 }
 
 const RUN_EXAMPLES: &str = "\
-In the foreground the VM's serial console is on this terminal. Ctrl-] presses its power button, Ctrl-] again ends it at once;
-so do SIGINT and SIGTERM. The command ends when the VM does.
+In the foreground the VM's serial console is on this terminal. Ctrl-] presses its power button,
+Ctrl-] again ends it at once; so do SIGINT and SIGTERM. The command ends when the VM does.
 
 Examples:
   civic run --name web --kernel vmlinuz --memory 1G --cpus 2 --disk path=root.img --net tap=tap0
@@ -127,15 +134,17 @@ Environment:
   CIVIC_RUN_DIR  as --run-dir";
 
 const LIST_HELP: &str = "\
-A dead VM is one whose monitor ended badly and left its log; starting a VM of that name clears it away.
+A dead VM is one whose monitor ended badly and left its log; starting a VM of that name clears it
+away.
 
 Examples:
   civic list
   civic list --json | jq -r '.[] | select(.state == \"running\") | .name'";
 
 const CONSOLE_HELP: &str = "\
-Shows what the console printed last, then what it prints. On a terminal, what is typed goes to the guest, Ctrl-C too, and Ctrl-]
-detaches: the VM runs on. Otherwise standard input goes to the guest as it is; at its end, output is shown until the VM ends.
+Shows what the console printed last, then what it prints. On a terminal, what is typed goes to the
+guest, Ctrl-C too, and Ctrl-] detaches: the VM runs on. Otherwise standard input goes to the guest as
+it is; at its end, output is shown until the VM ends.
 
 Examples:
   civic console web

@@ -120,11 +120,12 @@ pub fn doctor(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Where to read why a monitor ended, with the log's last line.
+/// Where to read why a monitor ended, with the last error in the log, or else its last line.
 pub fn log_hint(log: &Path) -> String {
     let last = std::fs::read(log).ok().and_then(|text| {
         let text = String::from_utf8_lossy(&text[text.len().saturating_sub(4096)..]).into_owned();
-        text.lines().rfind(|line| !line.trim().is_empty()).map(crate::table::printable)
+        let error = text.lines().rfind(|line| line.contains(" ERROR "));
+        error.or_else(|| text.lines().rfind(|line| !line.trim().is_empty())).map(crate::table::printable)
     });
     match last {
         Some(line) => format!("its last words: {line}\nsee {}", log.display()),
@@ -211,5 +212,7 @@ mod tests {
         assert!(!log_hint(&log).contains("last words"));
         std::fs::write(&log, "one\ntwo\u{1b}[0m\n\n").unwrap();
         assert!(log_hint(&log).starts_with("its last words: two\u{fffd}[0m\n"));
+        std::fs::write(&log, "now ERROR why\nnow INFO ended\n").unwrap();
+        assert!(log_hint(&log).starts_with("its last words: now ERROR why\n"));
     }
 }

@@ -118,7 +118,11 @@ impl RunDir {
     /// The error for a VM that does not run.
     pub fn not_running(&self, name: &str) -> anyhow::Error {
         if self.log(name).exists() && !self.is_locked(name).unwrap_or(false) {
-            let hint = format!("see {}; 'civic run --name {name} …' starts it anew", self.log(name).display());
+            let hint = format!(
+                "see {}; 'civic run --name {name} …' starts it anew, 'rm -r {}' forgets it",
+                self.log(name).display(),
+                self.vm(name).display()
+            );
             advice::error(format!("the VM '{name}' has ended badly"), hint)
         } else if self.is_locked(name).unwrap_or(false) {
             let hint = format!("try again in a moment; 'civic kill {name}' ends it if it hangs");

@@ -32,7 +32,12 @@ pub async fn stop(dir: &RunDir, name: &str, seconds: u64, force: bool) -> anyhow
     let ended = process.wait(Duration::from_secs(seconds)).await;
     progress.finish_and_clear();
     if ended {
-        Ok(())
+        // An orderly end leaves nothing behind.
+        if dir.log(name).exists() && !dir.is_locked(name).unwrap_or(false) {
+            Err(dir.not_running(name))
+        } else {
+            Ok(())
+        }
     } else if force {
         kill(dir, name).await
     } else {
