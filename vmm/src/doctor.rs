@@ -184,7 +184,7 @@ fn run_directory(run_dir: &Path) -> Check {
     }
     let usable = access(nearest, AccessFlags::W_OK | AccessFlags::X_OK).is_ok();
     // access(2) knows nothing of a full or quota-bound file system: write something where that leaves no trace.
-    let writable = usable && (nearest != run_dir || write_unnamed(run_dir).is_ok());
+    let writable = usable && write_unnamed(nearest).is_ok();
     if !writable {
         return fail(NAME, WHY, format!("{} may not be written to", nearest.display()), fix);
     }
