@@ -1,3 +1,4 @@
 //! The harness of the integration tests.
 
+pub mod bare;
 pub mod linux;

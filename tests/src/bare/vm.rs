@@ -1,0 +1,469 @@
+//! The monitor of a bare-metal guest, driven as `civic run` drives it: a process, its one line on stdout, its API socket.
+//!
+//! Whatever waits has a deadline; when it passes, the test fails with the console's text and the monitor's log.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use civic_api::client::{Client, ClientError};
+use civic_api::launch::{Launch, SOCKET_FILE};
+use civic_api::{CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, VmConfig, VmInfo, VmState};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+/// How long a test may wait in all: tens of times what the slowest needs, so that a loaded machine is no failure.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How often a test that waits for the console looks whether the monitor is still there.
+const GLANCE: Duration = Duration::from_millis(100);
+
+/// The monitor's binary: in `CIVIC_BIN_DIR`, or where cargo put it beside the tests.
+pub fn monitor_binary() -> PathBuf {
+    let dir = match std::env::var_os("CIVIC_BIN_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => {
+            let test = std::env::current_exe().expect("a test knows its own path");
+            let deps = test.parent().expect("a test lies in a directory");
+            deps.parent().expect("the directory of tests lies in one of binaries").to_owned()
+        }
+    };
+    let binary = dir.join("civic-vmm");
+    assert!(
+        binary.is_file(),
+        "{} does not exist: 'cargo build -p civic-vmm' makes it, or set CIVIC_BIN_DIR",
+        binary.display()
+    );
+    binary
+}
+
+/// A VM to be: its configuration, and a directory of its own for everything it needs.
+pub struct Setup {
+    root: TempDir,
+    /// As the monitor will get it; tests may spoil it.
+    pub config: VmConfig,
+    user: Option<(u32, u32)>,
+    run_dir: PathBuf,
+}
+
+impl Setup {
+    /// One vCPU, 32 MiB, and `kernel`'s bytes as its kernel.
+    pub fn new(kernel: &[u8]) -> Self {
+        let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
+        let path = root.path().join("kernel");
+        fs::write(&path, kernel).expect("the kernel can be written");
+        let config = VmConfig {
+            name: "bare".into(),
+            kernel: path,
+            initrd: None,
+            cmdline: None,
+            memory_bytes: 32 << 20,
+            cpus: 1,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            overcommit: false,
+            any_kvm: true,
+        };
+        let run_dir = root.path().join("run");
+        Self { root, config, user: None, run_dir }
+    }
+
+    /// With so many vCPUs.
+    pub fn cpus(mut self, cpus: u8) -> Self {
+        self.config.cpus = cpus;
+        self
+    }
+
+    /// With so much memory.
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.config.memory_bytes = bytes;
+        self
+    }
+
+    /// With a disk: a raw image of so many bytes.
+    pub fn disk(mut self, id: &str, bytes: u64) -> Self {
+        let path = self.root.path().join(format!("{id}.img"));
+        let file = File::create(&path).expect("an image can be made");
+        file.set_len(bytes).expect("an image can be made");
+        self.config.disks.push(DiskConfig { id: id.into(), path, read_only: false });
+        self
+    }
+
+    /// With another run directory.
+    pub fn run_dir(mut self, dir: PathBuf) -> Self {
+        self.run_dir = dir;
+        self
+    }
+
+    /// The monitor runs as this user and group.
+    pub fn user(mut self, uid: u32, gid: u32) -> Self {
+        self.user = Some((uid, gid));
+        self
+    }
+
+    /// The test's own directory.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The VM's directory, as the monitor is told.
+    pub fn dir(&self) -> PathBuf {
+        self.run_dir.join(&self.config.name)
+    }
+
+    fn command(&self, text: &str) -> (Command, PathBuf) {
+        let config = self.root.path().join("config.json");
+        fs::write(&config, text).expect("the configuration can be written");
+        let log = self.root.path().join("monitor.log");
+        let mut binary = monitor_binary();
+        if self.user.is_some() {
+            // Another user may be kept from the build directory, and from ours.
+            let copy = self.root.path().join("civic-vmm");
+            fs::copy(&binary, &copy).expect("the monitor can be copied");
+            binary = copy;
+            for path in [self.root.path(), &binary] {
+                fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("permissions can be set");
+            }
+            fs::create_dir_all(&self.run_dir).expect("a run directory can be made");
+            fs::set_permissions(&self.run_dir, fs::Permissions::from_mode(0o777)).expect("permissions can be set");
+        }
+        let mut command = Command::new(binary);
+        if let Some((uid, gid)) = self.user {
+            command.uid(uid).gid(gid);
+        }
+        command.arg("--config").arg(config).arg("--dir").arg(self.dir());
+        let stderr = File::create(&log).expect("a log can be made");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        (command, log)
+    }
+
+    fn spawn(&self, text: &str) -> (Child, Launch, PathBuf) {
+        let (mut command, log) = self.command(text);
+        let mut child = command.spawn().expect("the monitor can be started");
+        let stdout = child.stdout.take().expect("its stdout is a pipe");
+        let (say, heard) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let _ = BufReader::new(stdout).read_line(&mut line);
+            let _ = say.send(line);
+        });
+        let Ok(line) = heard.recv_timeout(PATIENCE) else {
+            let _ = child.kill();
+            panic!("the monitor says nothing; its log:\n{}", read(&log));
+        };
+        let launch = serde_json::from_str(&line).unwrap_or_else(|e| {
+            panic!("the monitor says {line:?}, which is no launch ({e}); its log:\n{}", read(&log))
+        });
+        (child, launch, log)
+    }
+
+    /// Starts the monitor and attaches to the serial console. The guest waits for [`Vm::start`].
+    pub fn launch(self) -> Vm {
+        let text = serde_json::to_string(&self.config).expect("a configuration is JSON");
+        let (child, launch, log) = self.spawn(&text);
+        match launch {
+            Launch::Ready { pid, .. } => assert_eq!(pid, child.id()),
+            Launch::Failed { error } => panic!("there is no VM: {error:?}; the log:\n{}", read(&log)),
+        }
+        Vm::new(self, child, log)
+    }
+
+    /// As [`Setup::launch`], and lets the guest run.
+    pub fn boot(self) -> Vm {
+        let vm = self.launch();
+        vm.start();
+        vm
+    }
+
+    /// Starts the monitor, which must refuse: the error, after exit status 1 and nothing left behind.
+    pub fn refused(&self) -> ErrorBody {
+        let text = serde_json::to_string(&self.config).expect("a configuration is JSON");
+        self.refused_with(&text)
+    }
+
+    /// As [`Setup::refused`] with `text` in place of the configuration.
+    pub fn refused_with(&self, text: &str) -> ErrorBody {
+        let there = self.dir().exists();
+        let (mut child, launch, log) = self.spawn(text);
+        let Launch::Failed { error } = launch else {
+            let _ = child.kill();
+            let _ = child.wait();
+            panic!("the monitor is ready, though it should refuse; its log:\n{}", read(&log));
+        };
+        let status = child.wait().expect("the monitor is our child");
+        assert_eq!(status.code(), Some(1), "{error:?}; the log:\n{}", read(&log));
+        assert_eq!(self.dir().exists(), there, "{error:?}: the VM's directory is left behind");
+        assert!(!error.message.is_empty() && !error.message.contains('\n'), "{error:?}");
+        error
+    }
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| format!("({e})"))
+}
+
+/// What the console's thread has received.
+#[derive(Default)]
+struct Received {
+    bytes: Mutex<Vec<u8>>,
+    more: Condvar,
+}
+
+impl Received {
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A running monitor. Dropping it ends the process.
+pub struct Vm {
+    setup: Setup,
+    child: Child,
+    log: PathBuf,
+    deadline: Instant,
+    runtime: Runtime,
+    client: Client,
+    console: Console,
+}
+
+struct Console {
+    received: Arc<Received>,
+    input: mpsc::UnboundedSender<Vec<u8>>,
+    /// What [`Vm::expect`] has consumed.
+    cursor: usize,
+}
+
+impl Vm {
+    fn new(setup: Setup, child: Child, log: PathBuf) -> Self {
+        let runtime = runtime();
+        let client = Client::new(setup.dir().join(SOCKET_FILE));
+        let console = attach(client.clone());
+        Self { setup, child, log, deadline: Instant::now() + PATIENCE, runtime, client, console }
+    }
+
+    /// Fails the test with all that is known.
+    pub fn fail(&self, what: &str) -> ! {
+        let info = self.runtime.block_on(self.client.info());
+        let bytes = self.console.received.bytes().clone();
+        let shown = &bytes[bytes.len().saturating_sub(4096)..];
+        panic!(
+            "{what}\n--- console ({} bytes, {} consumed)\n{}\n--- log\n{}\n--- info\n{info:?}",
+            bytes.len(),
+            self.console.cursor,
+            shown.escape_ascii(),
+            read(&self.log),
+        );
+    }
+
+    fn ask<T>(&self, what: &str, work: impl Future<Output = Result<T, ClientError>>) -> T {
+        match self.runtime.block_on(work) {
+            Ok(value) => value,
+            Err(e) => self.fail(&format!("{what}: {e}")),
+        }
+    }
+
+    /// The API's client, and the runtime that it needs.
+    pub fn api<T, F: Future<Output = T>>(&self, work: impl FnOnce(Client) -> F) -> T {
+        self.runtime.block_on(work(self.client.clone()))
+    }
+
+    /// Lets the guest run.
+    pub fn start(&self) {
+        self.ask("start", self.client.start());
+    }
+
+    /// Pauses.
+    pub fn pause(&self) {
+        self.ask("pause", self.client.pause());
+    }
+
+    /// Resumes.
+    pub fn resume(&self) {
+        self.ask("resume", self.client.resume());
+    }
+
+    /// Presses the power button.
+    pub fn stop(&self) {
+        self.ask("stop", self.client.stop());
+    }
+
+    /// Pulls the plug.
+    pub fn kill(&self) {
+        self.ask("kill", self.client.kill());
+    }
+
+    /// The VM as it is now.
+    pub fn info(&self) -> VmInfo {
+        self.ask("info", self.client.info())
+    }
+
+    /// The VM's state.
+    pub fn state(&self) -> VmState {
+        self.info().state
+    }
+
+    /// A counter of a device, or fails.
+    pub fn counter(&self, device: &str, counter: &str) -> u64 {
+        let info = self.info();
+        let found = info.devices.iter().find(|d| d.id == device).and_then(|d| d.counters.get(counter));
+        *found.unwrap_or_else(|| self.fail(&format!("no counter {counter} of {device}")))
+    }
+
+    /// A kind of exits, summed over all vCPUs.
+    pub fn exits(&self, kind: &str) -> u64 {
+        self.info().vcpus.iter().filter_map(|vcpu| vcpu.exits.get(kind)).sum()
+    }
+
+    /// The monitor's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The VM's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.setup.dir()
+    }
+
+    /// Its configuration and files.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    /// Types `bytes` on the serial console.
+    pub fn send(&self, bytes: &[u8]) {
+        if self.console.input.send(bytes.to_vec()).is_err() {
+            self.fail("the console is gone");
+        }
+    }
+
+    /// Bytes printed so far, all in all.
+    pub fn printed(&self) -> usize {
+        self.console.received.bytes().len()
+    }
+
+    /// Waits for `text` behind what was expected before; returns everything up to and with it.
+    pub fn expect(&mut self, text: &str) -> String {
+        let bytes = self.wait(&format!("no {text:?} on the console"), |bytes| {
+            let found = bytes.windows(text.len()).position(|window| window == text.as_bytes())?;
+            Some(found + text.len())
+        });
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits for `len` bytes behind what was expected before.
+    pub fn take(&mut self, len: usize) -> Vec<u8> {
+        self.wait(&format!("no {len} bytes on the console"), |bytes| (bytes.len() >= len).then_some(len))
+    }
+
+    /// Waits for a line `NAME=XXXXXXXX` (see `Asm::print_value`) and returns its value.
+    pub fn value(&mut self, name: &str) -> u32 {
+        self.expect(&format!("{name}="));
+        let line = self.expect("\n");
+        u32::from_str_radix(line.trim(), 16).unwrap_or_else(|e| self.fail(&format!("{name}={line:?}: {e}")))
+    }
+
+    fn wait(&mut self, missing: &str, enough: impl Fn(&[u8]) -> Option<usize>) -> Vec<u8> {
+        let cursor = self.console.cursor;
+        let mut bytes = self.console.received.bytes();
+        loop {
+            if let Some(len) = enough(&bytes[cursor..]) {
+                self.console.cursor += len;
+                return bytes[cursor..cursor + len].to_vec();
+            }
+            // Looked at before waiting, so that the last words of a monitor that ends are still heard.
+            let ended = matches!(self.child.try_wait(), Ok(Some(_)));
+            let before = bytes.len();
+            bytes = self.console.received.more.wait_timeout(bytes, GLANCE).unwrap_or_else(|e| e.into_inner()).0;
+            if bytes.len() == before && (ended || Instant::now() > self.deadline) {
+                drop(bytes);
+                self.fail(missing);
+            }
+        }
+    }
+
+    /// Waits until `holds`.
+    pub fn until(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
+        while !holds(self) {
+            if Instant::now() > self.deadline {
+                self.fail(&format!("in vain waited for: {what}"));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for the monitor to end; its directory must be gone then.
+    pub fn ended(&mut self) -> ExitStatus {
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the monitor is our child") {
+                let dir = self.setup.dir();
+                assert!(!dir.exists(), "{} is left behind; the log:\n{}", dir.display(), read(&self.log));
+                return status;
+            }
+            if Instant::now() > self.deadline {
+                self.fail("the monitor does not end");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made")
+}
+
+/// Attaches to the serial console; a thread moves its bytes until it ends.
+fn attach(client: Client) -> Console {
+    let received = Arc::new(Received::default());
+    let (input, mut typed) = mpsc::unbounded_channel::<Vec<u8>>();
+    let (say, attached) = std::sync::mpsc::channel();
+    let into = Arc::clone(&received);
+    std::thread::spawn(move || {
+        runtime().block_on(async {
+            let stream = client.console(CONSOLE_PORT_SERIAL).await;
+            let (stream, told) = match stream {
+                Ok(stream) => (Some(stream), Ok(())),
+                Err(e) => (None, Err(e.to_string())),
+            };
+            let _ = say.send(told);
+            let Some(stream) = stream else { return };
+            let (mut output, mut keys) = tokio::io::split(stream);
+            let reads = async {
+                let mut chunk = vec![0; 64 << 10];
+                while let Ok(len @ 1..) = output.read(&mut chunk).await {
+                    into.bytes().extend(&chunk[..len]);
+                    into.more.notify_all();
+                }
+            };
+            let writes = async {
+                while let Some(bytes) = typed.recv().await {
+                    if keys.write_all(&bytes).await.is_err() {
+                        break;
+                    }
+                }
+                // The test is over: leave the output as it is.
+                std::future::pending::<()>().await;
+            };
+            tokio::select! { () = reads => {}, () = writes => {} }
+        });
+    });
+    match attached.recv() {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => panic!("cannot attach to the console: {e}"),
+        Err(_) => panic!("cannot attach to the console"),
+    }
+    Console { received, input, cursor: 0 }
+}
