@@ -50,6 +50,7 @@ const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin; export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 for m in $(cat /mod/order); do insmod /mod/$m || echo "testbed: insmod $m failed"; done
+ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout; ln -s fd/2 /dev/stderr
 mkdir -p /dev/pts /dev/shm /run /new /work
 mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
