@@ -54,26 +54,26 @@ fn build_view(start: &Start) -> Result<()> {
         mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options))
             .with_context(|| format!("cannot mount {at}"))
     };
-    tmpfs("/work", "size=70%,mode=755")?;
+    tmpfs("/view", "size=70%,mode=755")?;
     for dir in ["ro", "up", "work", "new"] {
-        fs::create_dir(Path::new("/work").join(dir))?;
+        fs::create_dir(Path::new("/view").join(dir))?;
     }
     let options = format!("{NINE_P},cache=loose");
     let end = Instant::now() + Duration::from_secs(20);
     // The share's last user may still be on its way out.
     while let Err(e) =
-        mount(Some(start.root_tag.as_str()), "/work/ro", Some("9p"), MsFlags::MS_RDONLY, Some(options.as_str()))
+        mount(Some(start.root_tag.as_str()), "/view/ro", Some("9p"), MsFlags::MS_RDONLY, Some(options.as_str()))
     {
         if !matches!(e, Errno::EBUSY | Errno::ENOENT) || Instant::now() > end {
             return Err(e).context("cannot mount the root share");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let layers = "lowerdir=/work/ro,upperdir=/work/up,workdir=/work/work";
-    mount(Some("overlay"), "/work/new", Some("overlay"), MsFlags::empty(), Some(layers))
+    let layers = "lowerdir=/view/ro,upperdir=/view/up,workdir=/view/work";
+    mount(Some("overlay"), "/view/new", Some("overlay"), MsFlags::empty(), Some(layers))
         .context("cannot mount the overlay")?;
     let bind = |from: &str, to: &str| {
-        let to = format!("/work/new{to}");
+        let to = format!("/view/new{to}");
         fs::create_dir_all(&to)?;
         mount(Some(from), to.as_str(), none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
             .with_context(|| format!("cannot bind {to}"))
@@ -81,11 +81,11 @@ fn build_view(start: &Start) -> Result<()> {
     for dir in ["/dev", "/proc", "/sys"] {
         bind(dir, dir)?;
     }
-    tmpfs("/work/new/tmp", "mode=1777")?;
-    tmpfs("/work/new/run", "mode=755")?;
-    tmpfs("/work/new/dev/shm", "mode=1777")?;
+    tmpfs("/view/new/tmp", "mode=1777")?;
+    tmpfs("/view/new/run", "mode=755")?;
+    tmpfs("/view/new/dev/shm", "mode=1777")?;
     bind(WORKSPACE, &start.workspace)?;
-    std::env::set_current_dir("/work/new")?;
+    std::env::set_current_dir("/view/new")?;
     mount(Some("."), "/", none, MsFlags::MS_MOVE, none).context("cannot move the root")?;
     nix::unistd::chroot(".")?;
     std::env::set_current_dir("/")?;

@@ -51,7 +51,7 @@ const INIT: &str = r#"#!/bin/busybox sh
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 for m in $(cat /mod/order); do insmod /mod/$m || echo "testbed: insmod $m failed"; done
 ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout; ln -s fd/2 /dev/stderr
-mkdir -p /dev/pts /dev/shm /run /new /work
+mkdir -p /dev/pts /dev/shm /run
 mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null
@@ -93,7 +93,7 @@ pub fn parts() -> Result<Parts> {
     make_once(&initrd, &recipe, |new| {
         progress("building the testbed's initramfs");
         let mut a = Archive::new();
-        for name in ["proc", "sys", "dev", "run", "tmp", "new"] {
+        for name in ["proc", "sys", "dev", "run", "tmp"] {
             a.dir(name);
         }
         a.file("init", 0o755, INIT.as_bytes());
