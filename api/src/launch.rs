@@ -1,8 +1,8 @@
 //! How `civic run` and `civic-vmm` meet.
 //!
 //! ```text
-//!  civic run                                     civic-vmm --config-fd 3 --dir RUN_DIR/NAME
-//!     │  VmConfig as JSON on the descriptor ──────►│  takes DIR/lock, binds DIR/api.sock, builds the VM
+//!  civic run                                     civic-vmm --config - --dir RUN_DIR/NAME
+//!     │  VmConfig as JSON on stdin ──────────────►│  takes DIR/lock, binds DIR/api.sock, builds the VM
 //!     │◄──────────── one line of JSON on stdout ───│  Launch::Ready or Launch::Failed; then closes stdout
 //!     │  POST /v1/start over DIR/api.sock ────────►│
 //! ```

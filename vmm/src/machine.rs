@@ -280,12 +280,12 @@ impl Meters {
     }
 }
 
+/// A device and its id.
+type Named = (String, Box<dyn VirtioDevice>);
+
 /// Disks, network cards, then what every machine has; in slot order.
-fn virtio_devices(
-    config: &VmConfig,
-    resources: &Resources,
-) -> Result<Vec<(String, Box<dyn VirtioDevice>)>, BuildError> {
-    let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+fn virtio_devices(config: &VmConfig, resources: &Resources) -> Result<Vec<Named>, BuildError> {
+    let mut devices: Vec<Named> = Vec::new();
     for (disk, opened) in config.disks.iter().zip(&resources.disks) {
         devices.push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened)))));
     }

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{FromRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -43,10 +42,7 @@ enum Action {
 #[derive(Args)]
 #[group(multiple = true)]
 struct RunArgs {
-    /// Read the VM's configuration (JSON) from this open descriptor.
-    #[arg(long, value_name = "FD", conflicts_with = "config", value_parser = clap::value_parser!(i32).range(3..))]
-    config_fd: Option<RawFd>,
-    /// Read the VM's configuration (JSON) from this file.
+    /// Read the VM's configuration (JSON) from this file; '-' is standard input.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The VM's own directory, for its lock, socket and logs.
@@ -155,26 +151,20 @@ impl Vm {
 
 fn read_config(args: &RunArgs) -> Result<VmConfig, ErrorBody> {
     let invalid = |message: String| ErrorBody::new(ErrorCode::InvalidConfig, message);
-    let file = match (args.config_fd, &args.config) {
-        (Some(fd), _) => config_from(fd),
-        (None, Some(path)) => File::open(path).map_err(|e| invalid(format!("cannot open {}: {e}", path.display())))?,
-        (None, None) => return Err(invalid("neither --config-fd nor --config is given".into())),
+    let source: Box<dyn Read> = match &args.config {
+        Some(path) if path == Path::new("-") => Box::new(io::stdin()),
+        Some(path) => Box::new(File::open(path).map_err(|e| invalid(format!("cannot open {}: {e}", path.display())))?),
+        None => return Err(invalid("--config is missing".into())),
     };
     let mut text = String::new();
-    file.take(MAX_CONFIG + 1)
+    source
+        .take(MAX_CONFIG + 1)
         .read_to_string(&mut text)
         .map_err(|e| invalid(format!("cannot read the configuration: {e}")))?;
     if text.len() as u64 > MAX_CONFIG {
         return Err(ErrorBody::new(ErrorCode::TooLarge, format!("the configuration has more than {MAX_CONFIG} bytes")));
     }
     serde_json::from_str(&text).map_err(|e| invalid(format!("the configuration is wrong: {e}")))
-}
-
-#[allow(unsafe_code)]
-fn config_from(fd: RawFd) -> File {
-    // SAFETY: the command line names a descriptor that the starter opened for us alone; nothing else in this process has made
-    // or used descriptors above 2 yet. One that is not open gives an error on reading.
-    unsafe { File::from_raw_fd(fd) }
 }
 
 /// Blocks the signals that end the VM, in this thread and all that it will start.

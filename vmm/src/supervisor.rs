@@ -24,6 +24,9 @@ use crate::control::{Command, Control, Request, View};
 use crate::machine::{BuildError, GuestEvent, Machine, Meters};
 use crate::resources::{CONSOLE_PORT_HVC, Resources};
 
+/// How long console clients may take to read the last of the guest's output.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 enum Message {
     Api(Request),
     /// From the machine of this boot; one that is gone may still be heard.
@@ -145,6 +148,9 @@ impl Supervisor {
             }
         };
         self.machine = None;
+        for hub in [&self.shared.serial, &self.shared.hvc] {
+            hub.finish(LAST_WORDS);
+        }
         let mut status = self.shared.status();
         status.stop_clock();
         status.state = VmState::Stopped;

@@ -33,7 +33,7 @@ impl Monitor {
         let log = open_log(dir, &config.name)?;
         let mut command = Command::new(&program);
         // The configuration comes by a pipe: it is on no disk and in nobody's process list.
-        command.args(["--config", "/dev/stdin", "--dir"]).arg(dir.vm(&config.name));
+        command.args(["--config", "-", "--dir"]).arg(dir.vm(&config.name));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         in_own_session(&mut command);
         let child = command.spawn().map_err(|error| {

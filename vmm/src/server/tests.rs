@@ -286,7 +286,8 @@ fn a_console_round_trip() {
         let expected = format!("login: {}", sent.to_ascii_uppercase());
         let mut got = vec![0; expected.len()];
         let (wrote, filled) = tokio::join!(write.write_all(sent.as_bytes()), read.read_exact(&mut got));
-        (wrote.unwrap(), filled.unwrap());
+        wrote.unwrap();
+        filled.unwrap();
         // More than the history, but this client was there all the time.
         assert!(got == expected.as_bytes(), "{}", String::from_utf8_lossy(&got));
 

@@ -53,18 +53,18 @@ impl RunPage {
     /// Size in bytes of one item of the I/O exit just taken (a string instruction moves several).
     pub fn io_size(&self) -> usize {
         // SAFETY: the page is mapped while the claim lives.
-        let exit = unsafe { &raw const (*self.0).__bindgen_anon_1 };
-        // SAFETY: after an I/O exit the kernel has written this member; any bit pattern is a valid u8.
-        let size = unsafe { (*exit).io.size };
+        let size = unsafe { &raw const (*self.0).__bindgen_anon_1.io.size };
+        // SAFETY: as above; after an I/O exit the kernel has written this member, and any bit pattern is a valid u8.
+        let size = unsafe { size.read_volatile() };
         usize::from(size)
     }
 
     /// What KVM said of an internal error just reported: suberror and data.
     pub fn internal_error(&self) -> String {
         // SAFETY: the page is mapped while the claim lives.
-        let exit = unsafe { &raw const (*self.0).__bindgen_anon_1 };
-        // SAFETY: after an internal error the kernel has written this member; any bit pattern is valid.
-        let error = unsafe { (*exit).internal };
+        let error = unsafe { &raw const (*self.0).__bindgen_anon_1.internal };
+        // SAFETY: as above; after an internal error the kernel has written this member, and any bit pattern is valid.
+        let error = unsafe { error.read_volatile() };
         let count = (error.ndata as usize).min(error.data.len());
         format!("suberror {}, data {:x?}", error.suberror, &error.data[..count])
     }
