@@ -235,6 +235,11 @@ impl Asm {
         self.mov(eax, dword_ptr(edx))
     }
 
+    /// 32-bit code: EAX := the word `offset` bytes behind EBX.
+    pub fn peek_at_ebx(&mut self, offset: u32) -> Result<(), IcedError> {
+        self.mov(eax, dword_ptr(ebx + offset))
+    }
+
     /// Writes a 32-bit word to a physical address below 4 GiB. Changes EDX.
     pub fn poke(&mut self, address: u32, value: u32) -> Result<(), IcedError> {
         self.mov(edx, address)?;

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-/// How long a test may wait in all: tens of times what the slowest needs, so that a loaded machine is no failure.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long a test may wait in all: ten times what the slowest needs, so that a loaded machine is no failure.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often a test that waits for the console looks whether the monitor is still there.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -96,6 +97,12 @@ impl Setup {
         self
     }
 
+    /// With another name.
+    pub fn name(mut self, name: &str) -> Self {
+        self.config.name = name.into();
+        self
+    }
+
     /// With another run directory.
     pub fn run_dir(mut self, dir: PathBuf) -> Self {
         self.run_dir = dir;
@@ -118,9 +125,14 @@ impl Setup {
         self.run_dir.join(&self.config.name)
     }
 
-    fn command(&self, text: &str) -> (Command, PathBuf) {
-        let config = self.root.path().join("config.json");
-        fs::write(&config, text).expect("the configuration can be written");
+    /// Writes `text` where the monitor is to read its configuration.
+    fn write_config(&self, text: &str) -> PathBuf {
+        let path = self.root.path().join("config.json");
+        fs::write(&path, text).expect("the configuration can be written");
+        path
+    }
+
+    fn command(&self, config: &Path) -> (Command, PathBuf) {
         let log = self.root.path().join("monitor.log");
         let mut binary = monitor_binary();
         if self.user.is_some() {
@@ -144,8 +156,8 @@ impl Setup {
         (command, log)
     }
 
-    fn spawn(&self, text: &str) -> (Child, Launch, PathBuf) {
-        let (mut command, log) = self.command(text);
+    fn spawn(&self, config: &Path) -> (Child, Launch, PathBuf) {
+        let (mut command, log) = self.command(config);
         let mut child = command.spawn().expect("the monitor can be started");
         let stdout = child.stdout.take().expect("its stdout is a pipe");
         let (say, heard) = std::sync::mpsc::channel();
@@ -166,13 +178,7 @@ impl Setup {
 
     /// Starts the monitor and attaches to the serial console. The guest waits for [`Vm::start`].
     pub fn launch(self) -> Vm {
-        let text = serde_json::to_string(&self.config).expect("a configuration is JSON");
-        let (child, launch, log) = self.spawn(&text);
-        match launch {
-            Launch::Ready { pid, .. } => assert_eq!(pid, child.id()),
-            Launch::Failed { error } => panic!("there is no VM: {error:?}; the log:\n{}", read(&log)),
-        }
-        Vm::new(self, child, log)
+        launch(Rc::new(self))
     }
 
     /// As [`Setup::launch`], and lets the guest run.
@@ -190,8 +196,13 @@ impl Setup {
 
     /// As [`Setup::refused`] with `text` in place of the configuration.
     pub fn refused_with(&self, text: &str) -> ErrorBody {
+        self.refused_from(&self.write_config(text))
+    }
+
+    /// As [`Setup::refused`] with the configuration in the file `config`.
+    pub fn refused_from(&self, config: &Path) -> ErrorBody {
         let there = self.dir().exists();
-        let (mut child, launch, log) = self.spawn(text);
+        let (mut child, launch, log) = self.spawn(config);
         let Launch::Failed { error } = launch else {
             let _ = child.kill();
             let _ = child.wait();
@@ -203,6 +214,16 @@ impl Setup {
         assert!(!error.message.is_empty() && !error.message.contains('\n'), "{error:?}");
         error
     }
+}
+
+fn launch(setup: Rc<Setup>) -> Vm {
+    let text = serde_json::to_string(&setup.config).expect("a configuration is JSON");
+    let (child, launch, log) = setup.spawn(&setup.write_config(&text));
+    match launch {
+        Launch::Ready { pid, .. } => assert_eq!(pid, child.id()),
+        Launch::Failed { error } => panic!("there is no VM: {error:?}; the log:\n{}", read(&log)),
+    }
+    Vm::new(setup, child, log)
 }
 
 fn read(path: &Path) -> String {
@@ -224,7 +245,7 @@ impl Received {
 
 /// A running monitor. Dropping it ends the process.
 pub struct Vm {
-    setup: Setup,
+    setup: Rc<Setup>,
     child: Child,
     log: PathBuf,
     deadline: Instant,
@@ -241,7 +262,7 @@ struct Console {
 }
 
 impl Vm {
-    fn new(setup: Setup, child: Child, log: PathBuf) -> Self {
+    fn new(setup: Rc<Setup>, child: Child, log: PathBuf) -> Self {
         let runtime = runtime();
         let client = Client::new(setup.dir().join(SOCKET_FILE));
         let console = attach(client.clone());
@@ -252,7 +273,7 @@ impl Vm {
     pub fn fail(&self, what: &str) -> ! {
         let info = self.runtime.block_on(self.client.info());
         let bytes = self.console.received.bytes().clone();
-        let shown = &bytes[bytes.len().saturating_sub(4096)..];
+        let shown = &bytes[bytes.len().saturating_sub(1024)..];
         panic!(
             "{what}\n--- console ({} bytes, {} consumed)\n{}\n--- log\n{}\n--- info\n{info:?}",
             bytes.len(),
@@ -400,10 +421,30 @@ impl Vm {
 
     /// Waits for the monitor to end; its directory must be gone then.
     pub fn ended(&mut self) -> ExitStatus {
+        let status = self.wait_end();
+        let dir = self.setup.dir();
+        assert!(!dir.exists(), "{} is left behind; the log:\n{}", dir.display(), read(&self.log));
+        status
+    }
+
+    /// Waits for the monitor to end after a failure: its status, and the files that it left.
+    pub fn ended_badly(&mut self) -> (ExitStatus, Vec<String>) {
+        let status = self.wait_end();
+        let entries = fs::read_dir(self.setup.dir()).unwrap_or_else(|e| self.fail(&format!("no directory: {e}")));
+        let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("an entry").file_name().into_string();
+        (status, entries.map(|entry| name(entry).expect("names are UTF-8")).collect())
+    }
+
+    /// Runs the VM once more, after it has ended.
+    pub fn again(&self) -> Vm {
+        let vm = launch(Rc::clone(&self.setup));
+        vm.start();
+        vm
+    }
+
+    fn wait_end(&mut self) -> ExitStatus {
         loop {
             if let Some(status) = self.child.try_wait().expect("the monitor is our child") {
-                let dir = self.setup.dir();
-                assert!(!dir.exists(), "{} is left behind; the log:\n{}", dir.display(), read(&self.log));
                 return status;
             }
             if Instant::now() > self.deadline {

@@ -1,5 +1,11 @@
 //! Bare-metal guests under the real monitor, on this host's `/dev/kvm`. See `civic_tests::bare`.
 
+mod console;
 mod cpus;
+mod endings;
 mod exits;
 mod interrupts;
+mod memory;
+mod pausing;
+mod refusals;
+mod virtio;
