@@ -2,10 +2,11 @@
 
 use std::io;
 
-use civic_api::{ConfigError, ErrorBody, ErrorCode};
+use civic_api::{ErrorBody, ErrorCode};
 use civic_devices::tap::TapError;
 use civic_devices::virtio::block::DiskError;
 
+use crate::boot::BootError;
 use crate::kvm::KvmError;
 use crate::machine::BuildError;
 use crate::memory::MemoryError;
@@ -54,6 +55,9 @@ fn tap(error: &TapError) -> (ErrorCode, Option<&'static str>) {
 impl From<BuildError> for ErrorBody {
     fn from(error: BuildError) -> Self {
         let (code, hint) = match &error {
+            BuildError::Boot(BootError::KernelTooLarge { .. } | BootError::InitrdTooLarge { .. }) => {
+                (ErrorCode::KernelUnusable, Some("give the VM more --memory, or a smaller kernel or initrd"))
+            }
             BuildError::Boot(_) => (ErrorCode::KernelUnusable, None),
             BuildError::Layout(_) => (ErrorCode::InvalidConfig, None),
             BuildError::Memory(MemoryError::Allocate { .. } | MemoryError::Map { .. }) => (
@@ -88,9 +92,4 @@ fn told(code: ErrorCode, error: &(dyn std::error::Error + 'static), hint: Option
         Some(hint) => body.with_hint(hint),
         None => body,
     }
-}
-
-/// For a configuration that is none.
-pub fn config(error: &ConfigError) -> ErrorBody {
-    told(ErrorCode::InvalidConfig, error, None)
 }

@@ -11,7 +11,7 @@ use civic_vmm::control::{Command, Control};
 use civic_vmm::directory::Directory;
 use civic_vmm::resources::Resources;
 use civic_vmm::supervisor::Supervisor;
-use civic_vmm::{doctor, failure, preflight, server};
+use civic_vmm::{doctor, preflight, server};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::signal::{SigSet, Signal};
 use tracing::{error, info, warn};
@@ -100,7 +100,7 @@ struct Vm {
 
 fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
     let config = read_config(args)?;
-    config.validate().map_err(|e| failure::config(&e))?;
+    config.validate()?;
     let invalid = |message: &str| ErrorBody::new(ErrorCode::InvalidRequest, message);
     let dir = args.dir.as_deref().ok_or_else(|| invalid("--dir is missing"))?;
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
@@ -150,7 +150,10 @@ impl Vm {
 }
 
 fn read_config(args: &RunArgs) -> Result<VmConfig, ErrorBody> {
-    let invalid = |message: String| ErrorBody::new(ErrorCode::InvalidConfig, message);
+    let invalid = |message: String| {
+        ErrorBody::new(ErrorCode::InvalidConfig, message)
+            .with_hint("'civic run' writes it; its fields are those of VmConfig in GET /v1/openapi.json")
+    };
     let source: Box<dyn Read> = match &args.config {
         Some(path) if path == Path::new("-") => Box::new(io::stdin()),
         Some(path) => Box::new(File::open(path).map_err(|e| invalid(format!("cannot open {}: {e}", path.display())))?),
