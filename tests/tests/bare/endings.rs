@@ -130,13 +130,14 @@ fn any_cpu_may_reset_the_machine_while_others_work() {
         asm.in8(COM1 + 7)?;
         asm.jmp(busy)?;
         asm.set_label(&mut others)?;
-        let mut spin = asm.create_label();
+        let mut rest = asm.create_label();
         asm.cmp(ebx, 3)?;
-        asm.jne(spin)?;
+        asm.jne(rest)?;
         asm.read_key()?;
         asm.out8(0xcf9, 6)?;
-        asm.set_label(&mut spin)?;
-        asm.spin()
+        asm.set_label(&mut rest)?;
+        asm.pause()?;
+        asm.jmp(rest)
     });
     let mut vm = Setup::new(&kernel).cpus(4).boot();
     for boot in 1..6 {

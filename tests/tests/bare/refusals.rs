@@ -72,8 +72,7 @@ fn a_kernel_that_does_not_fit() {
     let mut image = spinning();
     // The first segment wants 16 MiB of memory behind its first megabyte.
     image[64 + 40..64 + 48].copy_from_slice(&(16u64 << 20).to_le_bytes());
-    let error = Setup::new(&image).memory(16 << 20).refused();
-    assert_eq!(error.code, ErrorCode::KernelUnusable, "{error:?}");
+    with_hint(&Setup::new(&image).memory(16 << 20).refused(), ErrorCode::KernelUnusable, "--memory");
     let setup = Setup::new(&image).memory(18 << 20);
     let mut vm = setup.boot();
     vm.expect("up\n");
@@ -170,8 +169,13 @@ fn a_configuration_that_makes_no_sense() {
     let good = serde_json::to_value(&setup.config).expect("a configuration is JSON");
     for text in ["", "not JSON", "[]", "{}", "{\"name\":"] {
         let error = setup.refused_with(text);
-        assert_eq!(error.code, ErrorCode::InvalidConfig, "{text:?}: {error:?}");
+        with_hint(&error, ErrorCode::InvalidConfig, "VmConfig");
     }
+    let mut unknown = good.clone();
+    unknown["memroy"] = 1.into();
+    let error = setup.refused_with(&unknown.to_string());
+    with_hint(&error, ErrorCode::InvalidConfig, "VmConfig");
+    assert!(error.message.contains("memroy"), "{error:?}");
     let spoil = |field: &str, value: serde_json::Value| {
         let mut config = good.clone();
         config[field] = value;
@@ -179,7 +183,6 @@ fn a_configuration_that_makes_no_sense() {
         assert_eq!(error.code, ErrorCode::InvalidConfig, "{field}: {error:?}");
         assert!(error.message.contains(field), "{field}: {error:?}");
     };
-    spoil("memory", (32 << 20).into());
     spoil("memory_bytes", (8 << 20).into());
     spoil("memory_bytes", ((32 << 20) + 4096).into());
     spoil("memory_bytes", (65u64 << 30).into());
@@ -197,7 +200,7 @@ fn a_configuration_that_cannot_be_read() {
     let setup = Setup::new(&spinning());
     for path in [setup.root().join("absent.json"), setup.root().to_owned(), PathBuf::from("/proc/self/mem")] {
         let error = setup.refused_from(&path);
-        assert_eq!(error.code, ErrorCode::InvalidConfig, "{}: {error:?}", path.display());
+        with_hint(&error, ErrorCode::InvalidConfig, "VmConfig");
     }
 }
 
