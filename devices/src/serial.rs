@@ -196,8 +196,9 @@ struct Line {
 
 impl io::Write for Line {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.hub.guest_output(bytes);
+        // In this order: whoever has read the bytes finds them counted.
         self.counters.sent.add(bytes.len() as u64);
+        self.hub.guest_output(bytes);
         Ok(bytes.len())
     }
 
