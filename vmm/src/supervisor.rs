@@ -182,8 +182,8 @@ impl Supervisor {
                 Ok(())
             }
             (Command::Resume, VmState::Paused) => {
-                machine.run();
                 self.shared.status().start_clock();
+                machine.run();
                 Ok(())
             }
             (Command::Stop, VmState::Running | VmState::Stopping) => {
@@ -198,13 +198,15 @@ impl Supervisor {
     }
 
     fn start(&mut self) {
-        if let Some(machine) = &self.machine {
-            machine.run();
-        }
+        // Before the guest runs, so that whoever hears of it finds it counted.
         let mut status = self.shared.status();
         status.boots += 1;
         status.started.get_or_insert_with(SystemTime::now);
         status.start_clock();
+        drop(status);
+        if let Some(machine) = &self.machine {
+            machine.run();
+        }
     }
 
     fn observe(&mut self, event: GuestEvent) -> Option<EndReason> {
@@ -234,7 +236,7 @@ impl Supervisor {
         let next = build(&self.shared.config, &mut self.resources, &self.sender, self.boot)
             .map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let mut status = self.shared.status();
-        status.meters = next.meters();
+        status.meters = next.meters().after(&status.meters);
         self.machine = Some(next);
         if status.state == VmState::Paused {
             warn!("the guest reset while it was being paused: it starts on resume");
