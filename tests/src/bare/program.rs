@@ -25,6 +25,8 @@ pub const IOAPIC: u32 = 0xfec0_0000;
 pub const DATA: u32 = 0x5_0000;
 /// Another, from which on there is room for rings and tables.
 pub const TABLES: u32 = 0x4_0000;
+/// Page directories of [`Asm::map`].
+const DIRECTORIES: u32 = 0x8_0000;
 /// The interrupt descriptor table, and behind it the operand of LIDT.
 const IDT: u32 = 0x3_0000;
 const IDT_POINTER: u32 = IDT + 0x1000;
@@ -287,6 +289,26 @@ impl Asm {
         self.pause()?;
         self.jmp(poll)?;
         self.set_label(&mut done)
+    }
+
+    /// 64-bit code: maps the GiB of `address` one to one, with a page directory `table` pages behind [`DIRECTORIES`].
+    pub fn map(&mut self, address: u64, table: u32) -> Result<(), IcedError> {
+        let directory = DIRECTORIES + table * 0x1000;
+        let gib = address >> 30;
+        self.mov(rdi, u64::from(directory))?;
+        self.mov(rax, gib << 30 | 0x83)?;
+        self.mov(ecx, 512)?;
+        let mut entry = self.create_label();
+        self.set_label(&mut entry)?;
+        self.mov(qword_ptr(rdi), rax)?;
+        self.add(rdi, 8)?;
+        self.add(rax, 2 << 20)?;
+        self.dec(ecx)?;
+        self.jne(entry)?;
+        // The monitor's tables for the boot CPU: a PML4, and its first PDPT on the page behind.
+        self.mov(rax, cr3)?;
+        self.mov(dword_ptr(rax + 0x1000 + 8 * gib as u32), directory | 3)?;
+        self.mov(cr3, rax)
     }
 
     /// 64-bit code: an interrupt table without entries.

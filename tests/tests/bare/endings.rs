@@ -105,6 +105,7 @@ fn every_reset_starts_over_from_power_on() {
     vm.expect("spoilt\n");
     assert_eq!(first[..2], [0, 0], "memory is not zero at first");
     assert_eq!((first[5] & 7, first[6], first[8] & 0xff), (0, BASE | 4, 0));
+    let mut before = vm.info();
     for (boot, key) in (2..).zip([b'p', b'k', b'f', b'p', b'f']) {
         vm.send(&[key]);
         if key == b'p' {
@@ -112,7 +113,13 @@ fn every_reset_starts_over_from_power_on() {
         }
         assert_eq!(state(&mut vm), first, "after '{}', by {STATE:?}", char::from(key));
         vm.expect("spoilt\n");
-        assert_eq!((vm.info().boots, vm.state()), (boot, VmState::Running));
+        let now = vm.info();
+        assert_eq!((now.boots, now.state), (boot, VmState::Running));
+        // Counters are the VM's, not the machine's.
+        assert!(now.vcpus[0].exits["io"] > before.vcpus[0].exits["io"], "{now:?} after {before:?}");
+        assert_eq!(now.devices[0].counters["output_bytes"], vm.printed() as u64);
+        assert_eq!(now.devices[0].counters["input_bytes"], boot - 1);
+        before = now;
     }
     vm.send(b"o");
     assert_eq!(vm.ended().code(), Some(0));

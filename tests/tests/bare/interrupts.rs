@@ -10,7 +10,7 @@ const VECTOR: u8 = 0x44;
 const COUNT: u32 = DATA;
 
 /// Echoes what is typed, from the handler alone; the main program sleeps.
-fn echo(by_pic: bool) -> Vec<u8> {
+pub fn echo(by_pic: bool) -> Vec<u8> {
     linux64(|asm| {
         asm.load_idt()?;
         asm.on_interrupt(VECTOR, |asm| {

@@ -2,35 +2,13 @@
 
 use std::fs;
 
-use civic_tests::bare::program::{Asm, TABLES, linux64, pvh};
+use civic_tests::bare::program::{Asm, linux64, pvh};
 use civic_tests::bare::vm::{Setup, Vm};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-
-/// Where the monitor's boot page tables have the PDPT: the page behind CR3's.
-const PDPT_BEHIND_CR3: u32 = 0x1000;
-
-/// 64-bit code: maps the GiB of `address` one to one, with a page directory at [`TABLES`] + `table` pages.
-fn map(asm: &mut Asm, address: u64, table: u32) -> Result<(), IcedError> {
-    let directory = TABLES + table * 0x1000;
-    let gib = address / GIB;
-    asm.mov(rdi, u64::from(directory))?;
-    asm.mov(rax, gib * GIB | 0x83)?;
-    asm.mov(ecx, 512)?;
-    let mut entry = asm.create_label();
-    asm.set_label(&mut entry)?;
-    asm.mov(qword_ptr(rdi), rax)?;
-    asm.add(rdi, 8)?;
-    asm.add(rax, 2 << 20)?;
-    asm.dec(ecx)?;
-    asm.jne(entry)?;
-    asm.mov(rax, cr3)?;
-    asm.mov(dword_ptr(rax + PDPT_BEHIND_CR3 + 8 * gib as u32), directory | 3)?;
-    asm.mov(cr3, rax)
-}
 
 /// 64-bit code: EAX := the word at any mapped address.
 fn far_peek(asm: &mut Asm, address: u64) -> Result<(), IcedError> {
@@ -50,9 +28,9 @@ fn the_most_memory_is_there_to_its_last_page_and_costs_nothing_untouched() {
     let end = 4 * GIB + size - 3 * GIB;
     let places = [0x50_0000, 3 * GIB - 4096, 4 * GIB, 4 * GIB + 0x50_0000, end - 4096, end - 4];
     let kernel = linux64(|asm| {
-        map(asm, 4 * GIB, 0)?;
-        map(asm, end - GIB, 1)?;
-        map(asm, end, 2)?;
+        asm.map(4 * GIB, 0)?;
+        asm.map(end - GIB, 1)?;
+        asm.map(end, 2)?;
         for place in places {
             far_peek(asm, place)?;
             asm.print_value("fresh")?;

@@ -8,6 +8,8 @@ use civic_tests::bare::program::{COM1, DATA, ECAM, pvh};
 use civic_tests::bare::vm::{Setup, Vm};
 use iced_x86::code_asm::*;
 
+use crate::interrupts::echo;
+
 const LINE: u32 = DATA + 0x100;
 /// Characters of a printed number and its line feed.
 const LINE_LEN: usize = 9;
@@ -194,6 +196,57 @@ fn sleeping_and_waiting_cpus_can_be_paused() {
         vm.pause();
         assert_eq!(vm.state(), VmState::Paused);
         vm.resume();
+    }
+    vm.kill();
+    assert!(vm.ended().success());
+}
+
+#[test]
+fn what_is_typed_while_it_is_paused_wakes_it_on_resume() {
+    let mut vm = Setup::new(&echo(false)).boot();
+    vm.expect("ready\n");
+    for key in *b"civic" {
+        vm.pause();
+        let before = vm.counter("serial", "input_bytes");
+        vm.send(&[key]);
+        vm.until("the key to reach the port", |vm| vm.counter("serial", "input_bytes") == before + 1);
+        let exits = activity(&vm);
+        std::thread::sleep(Duration::from_millis(10));
+        assert_eq!(activity(&vm), exits);
+        vm.resume();
+        assert_eq!(vm.take(1), [key]);
+    }
+    vm.kill();
+    assert!(vm.ended().success());
+}
+
+#[test]
+fn pauses_and_resets_do_not_lose_each_other() {
+    let kernel = pvh(|asm| {
+        let mut others = asm.create_label();
+        asm.start_others(others)?;
+        asm.print("boot\n")?;
+        asm.out8(0xcf9, 6)?;
+        asm.set_label(&mut others)?;
+        asm.pause()?;
+        asm.jmp(others)
+    });
+    let mut vm = Setup::new(&kernel).cpus(2).boot();
+    for round in 0..60 {
+        std::thread::sleep(Duration::from_micros(round * 311 % 10_000));
+        vm.pause();
+        assert_eq!(vm.state(), VmState::Paused);
+        // A reset that came first makes the next machine meanwhile, which waits.
+        let boots = vm.info().boots;
+        std::thread::sleep(Duration::from_millis(2));
+        let info = vm.info();
+        assert!(info.state == VmState::Paused && info.boots - boots <= 1, "{boots} boots before {info:?}");
+        vm.resume();
+    }
+    let boots = vm.info().boots;
+    vm.until("another boot", |vm| vm.info().boots > boots + 3);
+    for _ in 0..10 {
+        vm.expect("boot\n");
     }
     vm.kill();
     assert!(vm.ended().success());

@@ -21,6 +21,8 @@ const LEN: u32 = 64;
 /// The BAR of the first slot, at the start: the second of its size in the window for BARs.
 const FIRST_BASE: u32 = 0xc000_8000;
 const SECOND_BASE: u32 = 0xd123_8000;
+/// In the window above 4 GiB, which guests with 39 address bits reach.
+const HIGH_BASE: u64 = 0x41_2345_8000;
 const ISR: u32 = 0x1000;
 const NOTIFY: u32 = 0x3000;
 const MSIX_TABLE: u32 = 0x4000;
@@ -146,6 +148,13 @@ fn driver() -> Vec<u8> {
         show_byte(asm, "isr", base + ISR)?;
         show_byte(asm, "isr", base + ISR)?;
 
+        // To learn its size the guest writes ones, here with the BAR switched on.
+        for word in [!0, base | 4] {
+            asm.poke(FUNCTION + 0x10, word)?;
+            asm.peek(FUNCTION + 0x10)?;
+            asm.print_value("sized")?;
+        }
+
         // Moved, the device goes on where it was; nobody answers at the old place.
         asm.poke(FUNCTION + 0x10, SECOND_BASE)?;
         asm.peek(base)?;
@@ -172,6 +181,23 @@ fn driver() -> Vec<u8> {
         asm.peek(base + MSIX_PENDING)?;
         asm.print_value("pending")?;
         outcome(asm, 3)?;
+
+        // In the window above 4 GiB, by 64-bit addresses, it goes on as well.
+        asm.map(HIGH_BASE, 0)?;
+        asm.poke(FUNCTION + 0x14, (HIGH_BASE >> 32) as u32)?;
+        asm.poke(FUNCTION + 0x10, HIGH_BASE as u32)?;
+        asm.peek(base + 0x14)?;
+        asm.print_value("left")?;
+        asm.mov(rdx, HIGH_BASE)?;
+        asm.movzx(eax, byte_ptr(rdx + 0x14))?;
+        asm.print_value("running")?;
+        asm.poke(AVAILABLE, 4 << 16)?;
+        asm.mov(rdx, HIGH_BASE)?;
+        asm.mov(word_ptr(rdx + NOTIFY), 0)?;
+        asm.await_word(COUNT, 4)?;
+        outcome(asm, 4)?;
+        asm.poke(FUNCTION + 0x10, SECOND_BASE)?;
+        asm.poke(FUNCTION + 0x14, 0)?;
 
         // Nothing stays of a device that is reset.
         common(asm, base, 0x14, 1, 0)?;
@@ -202,15 +228,18 @@ fn entropy_comes_by_msix_even_after_the_bar_has_moved() {
     };
     outcome(&mut vm, 1);
     assert_eq!((vm.value("isr"), vm.value("isr")), (1, 0));
+    assert_eq!((vm.value("sized"), vm.value("sized")), (0xffff_8004, FIRST_BASE | 4));
     assert_eq!(vm.value("left"), !0);
     assert_eq!(vm.value("running"), 15);
     outcome(&mut vm, 2);
     assert_eq!((vm.value("pending"), vm.value("count")), (1, 2));
     assert_eq!(vm.value("pending"), 0);
     outcome(&mut vm, 3);
+    assert_eq!((vm.value("left"), vm.value("running")), (!0, 15));
+    outcome(&mut vm, 4);
     assert_eq!((vm.value("reset"), vm.value("ring")), (0, 0));
     vm.expect("done\n");
-    assert_eq!((vm.counter("rng", "requests"), vm.counter("rng", "bytes")), (3, 3 * u64::from(LEN)));
+    assert_eq!((vm.counter("rng", "requests"), vm.counter("rng", "bytes")), (4, 4 * u64::from(LEN)));
     vm.send(b"x");
     assert_eq!(vm.ended().code(), Some(0));
 }
