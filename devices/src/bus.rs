@@ -59,10 +59,7 @@ impl Bus {
 
     /// Lets `device` decode `len` addresses from `start`.
     pub fn insert(&self, start: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
-        let end = start
-            .checked_add(len)
-            .filter(|_| len > 0)
-            .ok_or(BusError::Invalid { start, len })?;
+        let end = start.checked_add(len).filter(|_| len > 0).ok_or(BusError::Invalid { start, len })?;
         let mut ranges = self.ranges.write().unwrap_or_else(|e| e.into_inner());
         if let Some((&below, range)) = ranges.range(..end).next_back()
             && below + range.len > start
@@ -148,10 +145,7 @@ mod tests {
         let echo: Arc<dyn BusDevice> = Arc::new(Echo::default());
         bus.insert(0x100, 0x10, echo.clone()).unwrap();
         for (start, len) in [(0x100, 1), (0xf8, 9), (0x10f, 4), (0xf0, 0x40)] {
-            assert_eq!(
-                bus.insert(start, len, echo.clone()),
-                Err(BusError::Overlap { start, len })
-            );
+            assert_eq!(bus.insert(start, len, echo.clone()), Err(BusError::Overlap { start, len }));
         }
         assert!(bus.insert(u64::MAX, 2, echo.clone()).is_err());
         assert!(bus.insert(0, 0, echo.clone()).is_err());

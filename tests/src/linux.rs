@@ -343,10 +343,10 @@ pub struct Page {
 }
 
 impl Page {
-    /// Listens on a free port of `host`.
+    /// Listens on a free port, for clients that reach it by `host`.
     pub fn serve(host: Ipv4Addr, body: Vec<u8>) -> Result<Self> {
-        let listener = std::net::TcpListener::bind((host, 0))?;
-        let address = listener.local_addr()?;
+        let listener = std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        let address = (host, listener.local_addr()?.port()).into();
         let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
@@ -376,8 +376,8 @@ impl Page {
 impl Drop for Page {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Wakes the listener.
-        let _ = std::net::TcpStream::connect(self.address);
+        // Wakes the listener, wherever `host` has gone by now.
+        let _ = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.address.port()));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -22,7 +22,8 @@ const ALLOWED: [(&str, &[&str]); 11] = [
 /// The crates of this workspace with those of ours that they use, tests included.
 fn arrows() -> BTreeMap<String, BTreeSet<String>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let out = Command::new(cargo).args(["metadata", "--format-version", "1", "--no-deps", "--offline"]).output().unwrap();
+    let out =
+        Command::new(cargo).args(["metadata", "--format-version", "1", "--no-deps", "--offline"]).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let metadata: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();

@@ -147,8 +147,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn space() -> ConfigSpace {
-        let identity =
-            Identity { vendor: 0x1af4, device: 0x1042, revision: 1, class: [1, 0, 0], subsystem_vendor: 0x1af4, subsystem: 2 };
+        let identity = Identity {
+            vendor: 0x1af4,
+            device: 0x1042,
+            revision: 1,
+            class: [1, 0, 0],
+            subsystem_vendor: 0x1af4,
+            subsystem: 2,
+        };
         let mut space = ConfigSpace::new(&identity);
         space.add_bar(0, 0xc000_0000, 0x8000);
         space.add_capability(0x11, &[3, 0, 1, 2], &[0, 0xc0]);

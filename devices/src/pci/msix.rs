@@ -245,7 +245,9 @@ pub(crate) mod tests {
         let recorder = Recorder::default();
         let msix = Msix::new(1, &recorder).unwrap();
         msix.set_control(ENABLE);
-        for (offset, data) in [(1, &[0u8; 4][..]), (12, &[0; 1]), (12, &[0; 8]), (u64::MAX - 3, &[0; 4]), (4096, &[0; 4])] {
+        for (offset, data) in
+            [(1, &[0u8; 4][..]), (12, &[0; 1]), (12, &[0; 8]), (u64::MAX - 3, &[0; 4]), (4096, &[0; 4])]
+        {
             msix.write_table(offset, data);
         }
         assert!(recorder.take().is_empty());

@@ -341,7 +341,9 @@ impl VirtioPci {
             (_, true) => old & 0xffff_ffff | value << 32,
         };
         match offset {
-            0x18 if (value as u16).is_power_of_two() && value as u16 <= self.max_sizes[index] => queue.size = value as u16,
+            0x18 if (value as u16).is_power_of_two() && value as u16 <= self.max_sizes[index] => {
+                queue.size = value as u16
+            }
             0x1c => queue.enabled |= value == 1,
             0x20 => queue.descriptors = merge(queue.descriptors, false),
             0x24 => queue.descriptors = merge(queue.descriptors, true),

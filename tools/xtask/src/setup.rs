@@ -7,12 +7,13 @@ use crate::place::Place;
 use crate::{assets, debian};
 
 /// What the project needs of the system, besides Rust. libclang is for the build of the userfaultfd crate.
-const PACKAGES: [&str; 14] = [
+const PACKAGES: [&str; 15] = [
     "mmdebstrap",
     "fakeroot",
     "cpio",
     "e2fsprogs",
     "iproute2",
+    "iputils-ping",
     "curl",
     "iperf3",
     "libclang-dev",
