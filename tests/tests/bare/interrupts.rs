@@ -152,6 +152,16 @@ pub fn listener() -> Vec<u8> {
         asm.peek(COUNT)?;
         asm.test(eax, eax)?;
         asm.je(sleep)?;
+        // Time for more interrupts to come, if there are any.
+        let mut idle = asm.create_label();
+        asm.sti()?;
+        asm.mov(ecx, 2000)?;
+        asm.set_label(&mut idle)?;
+        asm.pause()?;
+        asm.dec(ecx)?;
+        asm.jne(idle)?;
+        asm.cli()?;
+        asm.peek(COUNT)?;
         asm.print_value("interrupts")?;
         asm.read_key()?;
         asm.power_off()
@@ -165,8 +175,10 @@ fn the_power_button_interrupts_and_s5_ends_the_process() {
     assert_eq!(vm.state(), VmState::Running);
     vm.stop();
     assert_eq!(vm.value("status"), 1 << 8);
-    // The level was taken back when the status was cleared: one interrupt.
-    assert_eq!(vm.value("interrupts"), 1);
+    // The level was taken back when the status was cleared: no storm. Twice, because a KVM that emulates everything was seen
+    // to deliver a level-triggered interrupt once more after its line had fallen (the handler found IRR set, ISR clear).
+    let interrupts = vm.value("interrupts");
+    assert!((1..=2).contains(&interrupts), "{interrupts} interrupts");
     assert_eq!(vm.state(), VmState::Stopping);
     vm.send(b"x");
     assert_eq!(vm.ended().code(), Some(0));
