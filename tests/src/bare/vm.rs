@@ -156,10 +156,10 @@ impl Setup {
         (command, log)
     }
 
-    fn spawn(&self, config: &Path) -> (Child, Launch, PathBuf) {
+    fn spawn(&self, config: &Path) -> (Process, Launch, PathBuf) {
         let (mut command, log) = self.command(config);
-        let mut child = command.spawn().expect("the monitor can be started");
-        let stdout = child.stdout.take().expect("its stdout is a pipe");
+        let mut child = Process(command.spawn().expect("the monitor can be started"));
+        let stdout = child.0.stdout.take().expect("its stdout is a pipe");
         let (say, heard) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let mut line = String::new();
@@ -167,7 +167,6 @@ impl Setup {
             let _ = say.send(line);
         });
         let Ok(line) = heard.recv_timeout(PATIENCE) else {
-            let _ = child.kill();
             panic!("the monitor says nothing; its log:\n{}", read(&log));
         };
         let launch = serde_json::from_str(&line).unwrap_or_else(|e| {
@@ -204,11 +203,9 @@ impl Setup {
         let there = self.dir().exists();
         let (mut child, launch, log) = self.spawn(config);
         let Launch::Failed { error } = launch else {
-            let _ = child.kill();
-            let _ = child.wait();
             panic!("the monitor is ready, though it should refuse; its log:\n{}", read(&log));
         };
-        let status = child.wait().expect("the monitor is our child");
+        let status = child.0.wait().expect("the monitor is our child");
         assert_eq!(status.code(), Some(1), "{error:?}; the log:\n{}", read(&log));
         assert_eq!(self.dir().exists(), there, "{error:?}: the VM's directory is left behind");
         assert!(!error.message.is_empty() && !error.message.contains('\n'), "{error:?}");
@@ -220,7 +217,7 @@ fn launch(setup: Rc<Setup>) -> Vm {
     let text = serde_json::to_string(&setup.config).expect("a configuration is JSON");
     let (child, launch, log) = setup.spawn(&setup.write_config(&text));
     match launch {
-        Launch::Ready { pid, .. } => assert_eq!(pid, child.id()),
+        Launch::Ready { pid, .. } => assert_eq!(pid, child.0.id()),
         Launch::Failed { error } => panic!("there is no VM: {error:?}; the log:\n{}", read(&log)),
     }
     Vm::new(setup, child, log)
@@ -228,6 +225,16 @@ fn launch(setup: Rc<Setup>) -> Vm {
 
 fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| format!("({e})"))
+}
+
+/// A monitor's process, which does not outlive the test, however that ends.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// What the console's thread has received.
@@ -246,7 +253,7 @@ impl Received {
 /// A running monitor. Dropping it ends the process.
 pub struct Vm {
     setup: Rc<Setup>,
-    child: Child,
+    child: Process,
     log: PathBuf,
     deadline: Instant,
     runtime: Runtime,
@@ -262,7 +269,7 @@ struct Console {
 }
 
 impl Vm {
-    fn new(setup: Rc<Setup>, child: Child, log: PathBuf) -> Self {
+    fn new(setup: Rc<Setup>, child: Process, log: PathBuf) -> Self {
         let runtime = runtime();
         let client = Client::new(setup.dir().join(SOCKET_FILE));
         let console = attach(client.clone());
@@ -344,7 +351,7 @@ impl Vm {
 
     /// The monitor's process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// The VM's directory.
@@ -399,7 +406,7 @@ impl Vm {
                 return bytes[cursor..cursor + len].to_vec();
             }
             // Looked at before waiting, so that the last words of a monitor that ends are still heard.
-            let ended = matches!(self.child.try_wait(), Ok(Some(_)));
+            let ended = matches!(self.child.0.try_wait(), Ok(Some(_)));
             let before = bytes.len();
             bytes = self.console.received.more.wait_timeout(bytes, GLANCE).unwrap_or_else(|e| e.into_inner()).0;
             if bytes.len() == before && (ended || Instant::now() > self.deadline) {
@@ -444,7 +451,7 @@ impl Vm {
 
     fn wait_end(&mut self) -> ExitStatus {
         loop {
-            if let Some(status) = self.child.try_wait().expect("the monitor is our child") {
+            if let Some(status) = self.child.0.try_wait().expect("the monitor is our child") {
                 return status;
             }
             if Instant::now() > self.deadline {
@@ -452,13 +459,6 @@ impl Vm {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
