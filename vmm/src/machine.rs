@@ -125,6 +125,8 @@ pub struct Machine {
     plugged: Vec<Plugged>,
     serial: Arc<SerialPort>,
     power: Arc<PowerManagement>,
+    /// Kept here alone: the ways into it do not keep it.
+    _root: Arc<PciRoot>,
     _vm: Arc<VmFd>,
     _memory: Memory,
 }
@@ -150,7 +152,7 @@ impl Machine {
 
         let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         let root = PciRoot::new(Arc::clone(&buses.mmio));
-        buses.mmio.insert(layout::ECAM.start.0, ECAM_LEN, Arc::new(Ecam(Arc::clone(&root))))?;
+        buses.mmio.insert(layout::ECAM.start.0, ECAM_LEN, Arc::new(Ecam::new(&root)))?;
         let reset = Arc::clone(&wires);
         let ports = ConfigPorts::new(&root, move || reset.reset());
         buses.pio.insert(u64::from(PORTS), PORTS_LEN, Arc::new(ports))?;
@@ -192,7 +194,7 @@ impl Machine {
         };
         let vcpus = Vcpus::spawn(fds, gate, &buses, tell).map_err(io_error("a vCPU thread"))?;
         info!(cpus = config.cpus, memory = config.memory_bytes, "machine built");
-        Ok(Self { vcpus, plugged, serial, power, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, plugged, serial, power, _root: root, _vm: vm, _memory: memory })
     }
 
     /// Lets devices and vCPUs run.

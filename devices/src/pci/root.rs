@@ -36,7 +36,8 @@ pub enum SlotError {
     Full,
 }
 
-/// The PCI root complex.
+/// The PCI root complex. Whoever makes it keeps it: neither of the two ways in does, since a mapped BAR on the bus keeps its function,
+/// and the root keeps the bus.
 pub struct PciRoot {
     /// Lock order: a slot's lock before the MMIO bus's table and before the function's own locks.
     slots: [Mutex<Option<Occupant>>; SLOTS],
@@ -157,10 +158,15 @@ impl BusDevice for BarRegion {
     }
 }
 
-/// Memory-mapped configuration of bus 0.
-pub struct Ecam(pub Arc<PciRoot>);
+/// Memory-mapped configuration of bus 0. Like [`ConfigPorts`] it does not keep the root, which keeps the bus that it is on.
+pub struct Ecam(Weak<PciRoot>);
 
 impl Ecam {
+    /// A window into `root`.
+    pub fn new(root: &Arc<PciRoot>) -> Self {
+        Self(Arc::downgrade(root))
+    }
+
     /// Slot and register, or none for functions 1 to 7 and for accesses that cross a function's 4 KiB.
     fn decode(offset: u64, len: usize) -> Option<(usize, u16)> {
         let slot = (offset >> 15) as usize;
@@ -172,14 +178,14 @@ impl Ecam {
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match Self::decode(offset, data.len()) {
-            Some((slot, register)) => self.0.config_read(slot, register, data),
-            None => data.fill(0xff),
+        match (Self::decode(offset, data.len()), self.0.upgrade()) {
+            (Some((slot, register)), Some(root)) => root.config_read(slot, register, data),
+            _ => data.fill(0xff),
         }
     }
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((slot, register)) = Self::decode(offset, data.len()) {
-            self.0.config_write(slot, register, data);
+        if let (Some((slot, register)), Some(root)) = (Self::decode(offset, data.len()), self.0.upgrade()) {
+            root.config_write(slot, register, data);
         }
     }
 }
@@ -283,7 +289,7 @@ mod tests {
         root.plug(Slot(3), card.clone()).unwrap();
         assert_eq!(root.plug(Slot(3), card.clone()), Err(SlotError::Taken(Slot(3))));
         let ports = ConfigPorts::new(&root, || ());
-        let ecam = Ecam(root.clone());
+        let ecam = Ecam::new(&root);
 
         let mut id = [0; 4];
         ports.write(0, &0x8000_1800u32.to_le_bytes());
@@ -312,7 +318,7 @@ mod tests {
         let (first, second) = (Card::new(0xc000_0000), Card::new(0xc000_0000));
         root.plug(Slot(1), first.clone()).unwrap();
         root.plug(Slot(2), second.clone()).unwrap();
-        let ecam = Ecam(root.clone());
+        let ecam = Ecam::new(&root);
         ecam.write(1 << 15 | 4, &[2, 0]);
         ecam.write(2 << 15 | 4, &[2, 0]);
         assert!(second.moves.lock().unwrap().is_empty());

@@ -125,6 +125,28 @@ fn every_reset_starts_over_from_power_on() {
     assert_eq!(vm.ended().code(), Some(0));
 }
 
+/// Descriptors and memfd mappings of the monitor: what a machine that was not taken down whole would keep.
+fn held(vm: &Vm) -> (usize, usize) {
+    let proc = format!("/proc/{}", vm.pid());
+    let open = std::fs::read_dir(format!("{proc}/fd")).expect("the monitor has descriptors").count();
+    let maps = std::fs::read_to_string(format!("{proc}/maps")).expect("the monitor has mappings");
+    (open, maps.matches("memfd:civic-ram").count())
+}
+
+#[test]
+fn a_reset_keeps_nothing_of_the_machine_before() {
+    let mut vm = Setup::new(&resetting()).boot();
+    vm.expect("spoilt\n");
+    let first = held(&vm);
+    for _ in 0..10 {
+        vm.send(b"k");
+        vm.expect("spoilt\n");
+    }
+    assert_eq!(held(&vm), first);
+    vm.kill();
+    assert!(vm.ended().success());
+}
+
 #[test]
 fn any_cpu_may_reset_the_machine_while_others_work() {
     let kernel = pvh(|asm| {
