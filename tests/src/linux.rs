@@ -3,6 +3,8 @@
 //! A VM is started by the real `civic` command and spoken to over its serial console, as an operator would; nothing of ours runs
 //! in the guest. Every wait has a deadline and fails with the end of the console's text.
 
+pub mod emulator;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
@@ -87,6 +89,11 @@ impl Tap {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let (name, third) = (format!("civict{n}"), n);
         let tap = Self { name, host: Ipv4Addr::new(10, 77, third, 1), guest: Ipv4Addr::new(10, 77, third, 2) };
+        // A run that was killed leaves its taps; without a carrier nobody has them.
+        let carrier = fs::read_to_string(format!("/sys/class/net/{}/carrier", tap.name));
+        if carrier.is_ok_and(|carrier| carrier.trim() == "0") {
+            run("ip", &["link", "del", &tap.name])?;
+        }
         run("ip", &["tuntap", "add", "dev", &tap.name, "mode", "tap"])?;
         run("ip", &["addr", "add", &format!("{}/24", tap.host), "dev", &tap.name])?;
         run("ip", &["link", "set", &tap.name, "up"])?;
@@ -161,7 +168,7 @@ impl Console {
     /// The last of what came.
     pub fn tail(&self) -> String {
         let lines: Vec<_> = self.text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        lines[lines.len().saturating_sub(60)..].join("\n")
     }
 }
 
@@ -182,7 +189,7 @@ pub struct Vm {
 /// The `civic` command with this run directory.
 pub fn civic(run_dir: &Path) -> Result<Command> {
     let mut command = Command::new(from_env("CIVIC_BIN_DIR")?.join("civic"));
-    command.arg("--run-dir").arg(run_dir);
+    command.arg("--run-dir").arg(run_dir).env("CIVIC_LOG", "info,civic_vmm::vcpu=debug");
     Ok(command)
 }
 
@@ -320,7 +327,10 @@ impl Vm {
         let pid = self.info()?.pid;
         self.civic(&["stop", "--timeout", "120"])?;
         ensure!(!self.dir().exists(), "{} is still there", self.dir().display());
-        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "the monitor {pid} still runs");
+        // Gone, or dead and not yet reaped by whoever inherited it.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
+        ensure!(matches!(state, None | Some("Z" | "X")), "the monitor {pid} still runs: {stat}");
         Ok(())
     }
 }
@@ -328,8 +338,12 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         if self.dir().exists() {
+            let console = self.console.tail();
+            // Its vCPUs say where they are.
+            let _ = self.civic(&["pause"]);
             let log = fs::read_to_string(self.dir().join("vmm.log")).unwrap_or_default();
-            eprintln!("the monitor's log of the VM that is being killed:\n{log}");
+            emulator::look(&log);
+            eprintln!("the VM that is being killed; its monitor's log:\n{log}\nthe end of its console:\n{console}");
             let _ = self.civic(&["kill"]);
         }
     }

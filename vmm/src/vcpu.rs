@@ -24,7 +24,7 @@ use std::thread::JoinHandle;
 use civic_devices::bus::Bus;
 use civic_devices::counters::{Counter, Counters};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use self::kick::RunPage;
 
@@ -246,6 +246,9 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
                 self.enter(&page).map(|_| ())
             } else {
                 let completed = self.complete_io(&page);
+                if tracing::enabled!(tracing::Level::DEBUG) {
+                    debug!("parks {}", self.place());
+                }
                 if !self.gate.park() {
                     return;
                 }
@@ -253,9 +256,21 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
             };
             if let Err(event) = result {
                 // Whatever happens next is the supervisor's to decide: no vCPU goes on.
+                warn!("ends {}: {event:?}", self.place());
                 self.gate.shut();
                 (self.report)(event);
             }
+        }
+    }
+
+    /// Where the vCPU is, for the log.
+    fn place(&self) -> String {
+        match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => format!(
+                "vcpu={} rip={:#x} rsp={:#x} rflags={:#x} cr0={:#x} cr3={:#x}",
+                self.index, regs.rip, regs.rsp, regs.rflags, sregs.cr0, sregs.cr3
+            ),
+            (Err(e), _) | (_, Err(e)) => format!("vcpu={}, its registers cannot be read: {e}", self.index),
         }
     }
 

@@ -59,6 +59,8 @@ mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
 ip link set lo up
 hostname testbed
 echo 1 > /proc/sys/kernel/sysrq
+# Huge pages for guests' RAM: a nested page fault is what QEMU is slow at, and what it now and then gets wrong.
+echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 /agent agent
 echo "testbed: the agent ended with $?"
 poweroff -f

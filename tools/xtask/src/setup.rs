@@ -6,8 +6,8 @@ use civic_testbed::{apt, setup};
 use crate::place::Place;
 use crate::{assets, debian};
 
-/// What the project needs of the system, besides Rust. libclang is for the build of the userfaultfd crate.
-const PACKAGES: [&str; 15] = [
+/// What the project needs of the system, besides Rust.
+const PACKAGES: [&str; 14] = [
     "mmdebstrap",
     "fakeroot",
     "cpio",
@@ -16,7 +16,6 @@ const PACKAGES: [&str; 15] = [
     "iputils-ping",
     "curl",
     "iperf3",
-    "libclang-dev",
     "pkg-config",
     "bzip2",
     "util-linux",

@@ -16,8 +16,11 @@ const TIMEOUT_LONG: u64 = 4 * 3600;
 /// What to test, and where.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Run only tests whose names contain one of these, and no format or lint checks.
+    /// Run only tests whose names contain one of these, and no format or lint checks unless --only names them.
     filter: Vec<String>,
+    /// Run only these parts.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
     /// Also run tests that take long (those marked `ignored`).
     #[arg(long)]
     long: bool,
@@ -31,6 +34,28 @@ pub struct Args {
     #[arg(long)]
     kvm: bool,
 }
+
+/// A part of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Format and lints.
+    Lints,
+    /// What needs neither KVM nor root.
+    Unit,
+    /// Bare-metal guest code.
+    Bare,
+    /// Stock kernels.
+    Guests,
+}
+
+impl Args {
+    fn wants(&self, part: Part) -> bool {
+        if self.only.is_empty() { part != Part::Lints || self.filter.is_empty() } else { self.only.contains(&part) }
+    }
+}
+
+/// Guests tested at a time: an emulated host has two processors, and a guest that boots keeps one busy.
+const GUESTS_AT_A_TIME: &str = "--test-threads=2";
 
 /// One line of the summary.
 struct Outcome {
@@ -53,25 +78,40 @@ pub fn run(args: &Args) -> Result<bool> {
         outcomes.push(Outcome { name: name.to_owned(), passed, seconds: start.elapsed().as_secs() });
         passed
     };
-    if args.filter.is_empty() {
+    if args.wants(Part::Lints) {
         step("format", &mut || cargo(&["fmt", "--all", "--check"], &[]));
         let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         step("lints", &mut || cargo(&clippy, &[]));
     } else {
-        println!("== format and lints: left out, since a filter is given");
+        println!("== format and lints: left out, as asked (they need a run without a filter)");
     }
     let tests = test_args(args);
-    step("unit tests", &mut || cargo(&["test", "--quiet", "--workspace", "--exclude", "civic-tests", "--"], &tests));
-    if step("release build", &mut || cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])) {
-        for (target, (place, why)) in
-            [("bare", choose(args, Place::for_bare)), ("guests", choose(args, Place::for_guests))]
-        {
+    if args.wants(Part::Unit) {
+        step("unit tests", &mut || {
+            cargo(&["test", "--quiet", "--workspace", "--exclude", "civic-tests", "--"], &tests)
+        });
+        let own = ["test", "--quiet", "-p", "civic-tests", "--lib", "--test", "arrows", "--"];
+        step("crate arrows and test harness", &mut || cargo(&own, &tests));
+    }
+    let targets = [
+        ("bare", Part::Bare, choose(args, Place::for_bare)),
+        ("guests", Part::Guests, choose(args, Place::for_guests)),
+    ];
+    let wanted: Vec<_> = targets.into_iter().filter(|(_, part, _)| args.wants(*part)).collect();
+    if !wanted.is_empty()
+        && step("release build", &mut || cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[]))
+    {
+        for (target, part, (place, why)) in wanted {
             let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
+            let mut tests = tests.clone();
+            if part == Part::Guests {
+                tests.push(GUESTS_AT_A_TIME.to_owned());
+            }
             step(&format!("{target} {at}: {why}"), &mut || {
                 ensure!(!args.kvm || Place::for_guests().0 == Place::Here, "--kvm, but {}", Place::for_guests().1);
                 let program = test_program(target)?;
                 let timeout = if args.long { TIMEOUT_LONG } else { TIMEOUT };
-                Job { program: &program, args: &tests, root_image: target == "guests", timeout }.run(place)
+                Job { program: &program, args: &tests, root_image: part == Part::Guests, timeout }.run(place)
             });
         }
     }
