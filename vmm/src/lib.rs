@@ -16,6 +16,7 @@ pub mod doctor;
 pub mod failure;
 pub mod kvm;
 pub mod layout;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod preflight;

@@ -11,7 +11,7 @@ use civic_vmm::control::{Command, Control};
 use civic_vmm::directory::Directory;
 use civic_vmm::resources::Resources;
 use civic_vmm::supervisor::Supervisor;
-use civic_vmm::{doctor, preflight, server};
+use civic_vmm::{doctor, log, preflight, server};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::signal::{SigSet, Signal};
 use tracing::{error, info, warn};
@@ -52,8 +52,7 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CIVIC_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    log::start();
     if let Some(Action::Doctor { run_dir }) = cli.action {
         return doctor_json(&run_dir);
     }
