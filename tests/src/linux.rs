@@ -18,7 +18,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use civic_api::{VmInfo, routes};
 
 /// How long a guest may take to boot: emulated hosts are slow.
-pub const BOOT: Duration = Duration::from_secs(240);
+pub const BOOT: Duration = Duration::from_secs(150);
 /// How long a command in the guest may take.
 pub const STEP: Duration = Duration::from_secs(120);
 
@@ -209,6 +209,7 @@ impl Vm {
 
     /// Starts a guest; returns while it boots.
     pub fn launch(spec: &Spec) -> Result<Self> {
+        emulator::arm()?;
         let tap = Tap::new()?;
         let run_dir = tempfile::tempdir()?;
         let name = "guest".to_owned();

@@ -243,7 +243,7 @@ fn check_pause(vm: &mut Vm, load: &str) -> Result<()> {
         Command::new("ping").args(["-i", "0.05", "-q", &guest]).stdout(std::process::Stdio::null()).spawn()?;
     let command = format!("(for i in 1 2 3 4 5 6; do {load} || exit 1; done) 2>&1 && echo load-ended-well");
     vm.begin(&command)?;
-    for _ in 0..10 {
+    for _ in 0..5 {
         vm.civic(&["pause"])?;
         let before = vm.info()?;
         ensure!(before.state == VmState::Paused, "{:?} after pause", before.state);

@@ -54,8 +54,8 @@ impl Args {
     }
 }
 
-/// Guests tested at a time: an emulated host has two processors, and a guest that boots keeps one busy.
-const GUESTS_AT_A_TIME: &str = "--test-threads=2";
+/// Guests tested at a time: the emulated host has one processor, and a guest that boots keeps it busy.
+const GUESTS_AT_A_TIME: &str = "--test-threads=1";
 
 /// One line of the summary.
 struct Outcome {
