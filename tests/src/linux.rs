@@ -317,6 +317,8 @@ impl Vm {
             Userland::Debian => "systemctl reboot\n",
         };
         self.console.send(command.as_bytes())?;
+        // The old shell's prompt is still to be read: only what the next kernel prints is of the next boot.
+        self.console.wait("Linux version", BOOT)?;
         self.wait_for_shell()?;
         let after = self.info()?.boots;
         ensure!(after == before + 1, "{before} boots, then {after}");
