@@ -198,8 +198,8 @@ mod tests {
                     prop_assert!(window.base % window.len == 0);
                 }
             }
-            for at in 0..SIZE {
-                prop_assert_eq!(space.bytes[at] & !space.writable[at], fresh[at] & !space.writable[at]);
+            for ((now, before), writable) in space.bytes.iter().zip(&fresh).zip(&space.writable) {
+                prop_assert_eq!(now & !writable, before & !writable);
             }
         }
     }
