@@ -216,7 +216,7 @@ fn check_iperf(vm: &mut Vm) -> Result<()> {
     let guest = vm.tap.guest.to_string();
     for reverse in [false, true] {
         vm.sh("iperf3 -s -1 -D")?;
-        let mut args = vec!["-c", &guest, "-n", "4M", "-J", "--connect-timeout", "20000"];
+        let mut args = vec!["-c", &guest, "-t", "2", "-J", "--connect-timeout", "20000"];
         if reverse {
             args.push("-R");
         }
@@ -231,8 +231,8 @@ fn check_iperf(vm: &mut Vm) -> Result<()> {
         };
         let report: serde_json::Value = serde_json::from_str(&report)?;
         let received = report["end"]["sum_received"]["bytes"].as_u64().context("iperf3 reports no bytes")?;
-        // The sender stops after 4 MiB and does not wait for the last of them to be read.
-        ensure!(received >= 1 << 20, "iperf3 (reverse: {reverse}) moved only {received} bytes");
+        // Far below what even a busy emulated host moves in two seconds; what is moved is compared elsewhere.
+        ensure!(received >= 256 << 10, "iperf3 (reverse: {reverse}) moved only {received} bytes");
     }
     Ok(())
 }
