@@ -15,9 +15,10 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 use vm_superio::Trigger;
-use vm_superio::serial::{Serial, SerialEvents};
+use vm_superio::serial::{Serial, SerialEvents, SerialState};
 
 use crate::bus::BusDevice;
 use crate::console_hub::{ConsoleHub, ConsoleInput};
@@ -45,6 +46,24 @@ const ID_NONE: u8 = 1;
 const ID_SENT: u8 = 2;
 const ID_RECEIVED: u8 = 4;
 
+/// Saved registers of a port; what they hold is untrusted when it comes back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialStateV1 {
+    /// Divisor latch, low and high byte.
+    pub divisor: [u8; 2],
+    /// IER, IIR, LCR, LSR, MCR, MSR and SCR.
+    pub registers: [u8; 7],
+    /// Received bytes that the guest has not read.
+    pub received: Vec<u8>,
+    /// Whether "transmitter empty" is due behind "received data".
+    pub sent_waits: bool,
+}
+
+/// The state holds more received bytes than the FIFO has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the serial port's FIFO does not hold {0} bytes")]
+pub struct FifoTooLong(pub usize);
+
 /// A 16550A serial port.
 pub struct SerialPort {
     uart: Mutex<Uart>,
@@ -65,6 +84,52 @@ impl SerialPort {
         let line = Line { hub: Arc::clone(&hub), counters: Arc::clone(&counters) };
         let registers = Serial::with_events(Pulse(irq), Drained(Arc::clone(&hub)), line);
         Self { uart: Mutex::new(Uart { registers, sent_waits: false }), hub, counters }
+    }
+
+    /// Takes over what [`SerialPort::save`] gave and raises what is due. Call it once the interrupt controllers have their state.
+    ///
+    /// # Errors
+    /// When the FIFO cannot hold what it is said to; the port is then as it was.
+    pub fn restore(&self, saved: &SerialStateV1, irq: Arc<dyn IrqLine>) -> Result<(), FifoTooLong> {
+        let [ier, iir, lcr, lsr, mcr, msr, scratch] = saved.registers;
+        let state = SerialState {
+            baud_divisor_low: saved.divisor[0],
+            baud_divisor_high: saved.divisor[1],
+            interrupt_enable: ier,
+            interrupt_identification: iir,
+            line_control: lcr,
+            line_status: lsr,
+            modem_control: mcr,
+            modem_status: msr,
+            scratch,
+            in_buffer: saved.received.clone(),
+        };
+        let line = Line { hub: Arc::clone(&self.hub), counters: Arc::clone(&self.counters) };
+        let registers = Serial::from_state(&state, Pulse(irq), Drained(Arc::clone(&self.hub)), line)
+            .map_err(|_| FifoTooLong(saved.received.len()))?;
+        *self.uart() = Uart { registers, sent_waits: saved.sent_waits };
+        self.hub.input_ready();
+        Ok(())
+    }
+
+    /// The registers as they stand.
+    pub fn save(&self) -> SerialStateV1 {
+        let uart = self.uart();
+        let state = uart.registers.state();
+        SerialStateV1 {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            registers: [
+                state.interrupt_enable,
+                state.interrupt_identification,
+                state.line_control,
+                state.line_status,
+                state.modem_control,
+                state.modem_status,
+                state.scratch,
+            ],
+            received: state.in_buffer,
+            sent_waits: uart.sent_waits,
+        }
     }
 
     /// The port's counters.

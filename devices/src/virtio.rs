@@ -7,11 +7,13 @@
 //! ```text
 //!             activate                pause
 //!   Inactive ───────────▶ Running ─────────────▶ Paused (no guest memory is touched,
-//!      ▲                    │   ◀─────────────             no interrupt raised)
-//!      └──── reset ─────────┴──────── resume
+//!    │ ▲                    │   ◀─────────────     ▲      no interrupt raised) ── save
+//!    │ └──── reset ─────────┴──────── resume       │
+//!    └── restore, activate with `paused` ──────────┘
 //! ```
 //!
-//! Every active device has a [`worker`] thread; requests never run on a vCPU.
+//! An active device is its [`worker`] threads, which the transport owns: it pauses, resumes and ends them. Requests never run
+//! on a vCPU.
 
 mod areas;
 pub mod block;
@@ -20,6 +22,7 @@ pub mod net;
 pub mod pci;
 mod ring;
 pub mod rng;
+pub mod state;
 #[cfg(test)]
 mod testing;
 pub mod worker;
@@ -31,6 +34,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::state::{DeviceState, StateError};
+use self::worker::Workers;
 use crate::counters::Counters;
 
 /// Guest RAM as devices see it. Shared: all accesses are volatile, through vm-memory.
@@ -81,6 +86,19 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// The way back to the driver.
     pub interrupt: Arc<dyn Interrupt>,
+    /// Whether the device is to touch nothing until it is resumed: it comes out of a saved state.
+    pub paused: bool,
+}
+
+/// How far a device has come in a queue: what is in between is not in flight once the device is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuePosition {
+    /// The queue's index in the device.
+    pub index: u16,
+    /// The place in the available ring from which the next chain is taken.
+    pub next_avail: u16,
+    /// The place in the used ring at which the next chain is given back.
+    pub next_used: u16,
 }
 
 /// Why a device could not be activated. The driver sees DEVICE_NEEDS_RESET.
@@ -106,14 +124,20 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device-specific configuration; most devices have nothing writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-    /// Starts serving the queues.
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-    /// Stops serving, completes or drops what is in flight, forgets the queues. Idempotent.
-    fn reset(&mut self);
-    /// Stops touching guest memory until `resume`; returns when in-flight requests are complete. Idempotent.
-    fn pause(&mut self);
-    /// Undoes `pause`. Idempotent.
-    fn resume(&mut self);
+    /// Starts serving the queues; the device is active as long as the threads live.
+    ///
+    /// # Errors
+    /// When a queue that it needs is missing, or a thread cannot be had.
+    fn activate(&mut self, activation: Activation) -> Result<Workers, ActivateError>;
+    /// Forgets what the driver set up. The threads have ended, with what was in flight completed or dropped. Idempotent.
+    fn reset(&mut self) {}
+    /// What the device itself holds beyond its queues. Called while it is paused or inactive.
+    fn save(&self) -> DeviceState;
+    /// Takes over what [`VirtioDevice::save`] gave, on a new device that is then activated, or not.
+    ///
+    /// # Errors
+    /// When the state is of another sort of device, or of one that this one cannot stand in for.
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError>;
     /// The device's counters.
     fn counters(&self) -> Arc<dyn Counters>;
 }

@@ -95,11 +95,18 @@ struct Registers {
     pm1_control: u16,
     gpe_status: u32,
     gpe_enable: u32,
+    timer_start: Instant,
+    timer_base: u32,
     line: Arc<dyn IrqLine>,
     line_high: bool,
 }
 
 impl Registers {
+    fn timer(&self) -> u32 {
+        let ticks = self.timer_start.elapsed().as_nanos() * PM_TIMER_HZ / 1_000_000_000;
+        self.timer_base.wrapping_add(ticks as u32)
+    }
+
     /// Makes the line follow the registers.
     fn update_line(&mut self) {
         let high = self.pm1_status & self.pm1_enable != 0 || self.gpe_status & self.gpe_enable != 0;
@@ -152,31 +159,37 @@ fn replace(word: u32, byte: u64, value: u8) -> u32 {
 pub struct PowerManagement {
     registers: Mutex<Registers>,
     events: Arc<dyn PowerEvents>,
-    timer_start: Instant,
-    timer_base: u32,
 }
 
 impl PowerManagement {
     /// Hardware after power-on. `sci` is the line of [`SCI_GSI`].
     pub fn new(sci: Arc<dyn IrqLine>, events: Arc<dyn PowerEvents>) -> Self {
-        let off =
-            PowerStateV1 { pm1_status: 0, pm1_enable: 0, pm1_control: 0, gpe_status: 0, gpe_enable: 0, timer_ticks: 0 };
-        Self::restore(off, sci, events)
-    }
-
-    /// Continues from `state`, with the line as the registers want it.
-    pub fn restore(state: PowerStateV1, sci: Arc<dyn IrqLine>, events: Arc<dyn PowerEvents>) -> Self {
-        let mut registers = Registers {
-            pm1_status: state.pm1_status,
-            pm1_enable: state.pm1_enable & PM1_ENABLES,
-            pm1_control: state.pm1_control & CONTROL_STORED,
-            gpe_status: state.gpe_status,
-            gpe_enable: state.gpe_enable,
+        let registers = Registers {
+            pm1_status: 0,
+            pm1_enable: 0,
+            pm1_control: 0,
+            gpe_status: 0,
+            gpe_enable: 0,
+            timer_start: Instant::now(),
+            timer_base: 0,
             line: sci,
             line_high: false,
         };
+        Self { registers: Mutex::new(registers), events }
+    }
+
+    /// Continues from `state`, with the line as the registers want it. To be called on new hardware, once the interrupt controllers
+    /// have their state.
+    pub fn restore(&self, state: &PowerStateV1) {
+        let mut registers = self.lock();
+        registers.pm1_status = state.pm1_status;
+        registers.pm1_enable = state.pm1_enable & PM1_ENABLES;
+        registers.pm1_control = state.pm1_control & CONTROL_STORED;
+        registers.gpe_status = state.gpe_status;
+        registers.gpe_enable = state.gpe_enable;
+        registers.timer_base = state.timer_ticks;
+        registers.timer_start = Instant::now();
         registers.update_line();
-        Self { registers: Mutex::new(registers), events, timer_start: Instant::now(), timer_base: state.timer_ticks }
     }
 
     /// The registers at this moment; vCPUs must be paused for it to mean anything.
@@ -188,7 +201,7 @@ impl PowerManagement {
             pm1_control: registers.pm1_control,
             gpe_status: registers.gpe_status,
             gpe_enable: registers.gpe_enable,
-            timer_ticks: self.timer(),
+            timer_ticks: registers.timer(),
         }
     }
 
@@ -209,17 +222,12 @@ impl PowerManagement {
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(|e| e.into_inner())
     }
-
-    fn timer(&self) -> u32 {
-        let ticks = self.timer_start.elapsed().as_nanos() * PM_TIMER_HZ / 1_000_000_000;
-        self.timer_base.wrapping_add(ticks as u32)
-    }
 }
 
 impl BusDevice for PowerManagement {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let timer = self.timer();
         let registers = self.lock();
+        let timer = registers.timer();
         for (byte, offset) in data.iter_mut().zip(offset..) {
             *byte = registers.byte(offset, timer);
         }

@@ -111,6 +111,23 @@ impl ConfigSpace {
         }
     }
 
+    /// All 256 bytes, for [`ConfigSpace::restore`].
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes over saved bytes; false, with nothing changed, when they differ in what the guest could not have written.
+    #[must_use]
+    pub fn restore(&mut self, saved: &[u8]) -> bool {
+        let Ok(saved) = <&[u8; SIZE]>::try_from(saved) else { return false };
+        let fixed = |bytes: &[u8; SIZE]| -> Vec<u8> { bytes.iter().zip(&self.writable).map(|(b, w)| b & !w).collect() };
+        let same = fixed(saved) == fixed(&self.bytes);
+        if same {
+            self.bytes = *saved;
+        }
+        same
+    }
+
     /// The byte at `offset`.
     pub fn byte(&self, offset: usize) -> u8 {
         self.bytes[offset]

@@ -8,6 +8,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::irq::{MsiAllocator, MsiMessage, MsiSource};
@@ -21,6 +22,28 @@ pub const NO_VECTOR: u16 = 0xffff;
 const ENTRY: u64 = 16;
 const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
+
+/// Saved vectors; what they hold is untrusted when it comes back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixStateV1 {
+    /// The enable and function-mask bits of message control.
+    pub control: u16,
+    /// The table and the pending bits.
+    pub vectors: Vec<VectorStateV1>,
+}
+
+/// A saved vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorStateV1 {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+    /// Whether it is masked.
+    pub masked: bool,
+    /// Whether it fired while it could not be delivered.
+    pub pending: bool,
+}
 
 struct Vector {
     message: MsiMessage,
@@ -82,6 +105,36 @@ impl Msix {
         for index in 0..state.vectors.len() {
             state.settle(index);
         }
+    }
+
+    /// The vectors as they stand.
+    pub fn save(&self) -> MsixStateV1 {
+        let state = self.state();
+        let save = |vector: &Vector| VectorStateV1 {
+            address: vector.message.address,
+            data: vector.message.data,
+            masked: vector.masked,
+            pending: vector.pending,
+        };
+        MsixStateV1 { control: state.control, vectors: state.vectors.iter().map(save).collect() }
+    }
+
+    /// Takes over saved vectors and routes those that may be delivered; false, with nothing changed, when their number is another.
+    #[must_use]
+    pub fn restore(&self, saved: &MsixStateV1) -> bool {
+        let mut state = self.state();
+        if saved.vectors.len() != state.vectors.len() {
+            return false;
+        }
+        for (vector, saved) in state.vectors.iter_mut().zip(&saved.vectors) {
+            vector.message = MsiMessage { address: saved.address, data: saved.data };
+            (vector.masked, vector.pending) = (saved.masked, saved.pending);
+        }
+        state.control = saved.control & (ENABLE | FUNCTION_MASK);
+        for index in 0..state.vectors.len() {
+            state.settle(index);
+        }
+        true
     }
 
     /// Fires a vector; one that does not exist, or [`NO_VECTOR`], fires nothing.

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::config::{ConfigSpace, Identity};
@@ -41,7 +42,19 @@ pub enum SlotError {
 pub struct PciRoot {
     /// Lock order: a slot's lock before the MMIO bus's table and before the function's own locks.
     slots: [Mutex<Option<Occupant>>; SLOTS],
+    bridge: Arc<HostBridge>,
+    /// The address register of the configuration ports.
+    address: Mutex<u32>,
     mmio: Arc<Bus>,
+}
+
+/// The root's own saved registers; functions save theirs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciRootStateV1 {
+    /// The host bridge's 256 bytes of configuration space.
+    pub bridge: Vec<u8>,
+    /// The address last written to port 0xcf8.
+    pub config_address: u32,
 }
 
 /// The host bridge itself, in slot 0.
@@ -67,7 +80,6 @@ impl Function for HostBridge {
 impl PciRoot {
     /// A root with its host bridge in slot 0, whose functions' BARs appear on `mmio`.
     pub fn new(mmio: Arc<Bus>) -> Arc<Self> {
-        let root = Arc::new(Self { slots: std::array::from_fn(|_| Mutex::new(None)), mmio });
         // Red Hat's generic PCIe host bridge: known to guests, no quirks attached.
         let identity = Identity {
             vendor: 0x1b36,
@@ -78,6 +90,8 @@ impl PciRoot {
             subsystem: 0x1100,
         };
         let bridge = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(&identity))));
+        let slots = std::array::from_fn(|_| Mutex::new(None));
+        let root = Arc::new(Self { slots, bridge: Arc::clone(&bridge), address: Mutex::new(0), mmio });
         *root.slot(0) = Some(Occupant { function: bridge, mapped: Vec::new() });
         root
     }
@@ -102,6 +116,34 @@ impl PciRoot {
         }
         *place = Some(Occupant { function, mapped: Vec::new() });
         Ok(())
+    }
+
+    /// The bridge's registers and the configuration address.
+    pub fn save(&self) -> PciRootStateV1 {
+        let bridge = self.bridge.0.lock().unwrap_or_else(|e| e.into_inner()).save();
+        PciRootStateV1 { bridge, config_address: *self.address() }
+    }
+
+    /// Takes over what [`PciRoot::save`] gave; false, with nothing changed, when it is of another bridge.
+    #[must_use]
+    pub fn restore(&self, saved: &PciRootStateV1) -> bool {
+        let same = self.bridge.0.lock().unwrap_or_else(|e| e.into_inner()).restore(&saved.bridge);
+        if same {
+            *self.address() = saved.config_address;
+        }
+        same
+    }
+
+    fn address(&self) -> MutexGuard<'_, u32> {
+        self.address.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Puts the BARs of a function on the bus that decodes them from the start: its configuration space was restored.
+    pub fn settle(&self, slot: Slot) {
+        if let Some(occupant) = self.slots.get(usize::from(slot.0)).and(self.slot(slot.0.into()).as_mut()) {
+            let wanted = occupant.function.decoded();
+            self.remap(slot, occupant, wanted);
+        }
     }
 
     fn config_read(&self, slot: usize, offset: u16, data: &mut [u8]) {
@@ -193,18 +235,17 @@ impl BusDevice for Ecam {
 /// Ports 0xcf8–0xcff: configuration mechanism 1, with the reset control register in its midst at 0xcf9.
 pub struct ConfigPorts {
     root: Weak<PciRoot>,
-    address: Mutex<u32>,
     reset: Box<dyn Fn() + Send + Sync>,
 }
 
 impl ConfigPorts {
     /// Ports into `root`; `reset` is called when the guest writes "reset CPU".
     pub fn new(root: &Arc<PciRoot>, reset: impl Fn() + Send + Sync + 'static) -> Self {
-        Self { root: Arc::downgrade(root), address: Mutex::new(0), reset: Box::new(reset) }
+        Self { root: Arc::downgrade(root), reset: Box::new(reset) }
     }
 
-    fn target(&self, offset: u64, len: usize) -> Option<(usize, u16)> {
-        let address = *self.address.lock().unwrap_or_else(|e| e.into_inner());
+    fn target(root: &PciRoot, offset: u64, len: usize) -> Option<(usize, u16)> {
+        let address = *root.address();
         let (bus, function) = (address >> 16 & 0xff, address >> 8 & 7);
         let register = (address & 0xfc) as u16 + (offset as u16 & 3);
         let enabled = address >> 31 == 1;
@@ -216,11 +257,12 @@ impl ConfigPorts {
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
+        let Some(root) = self.root.upgrade() else { return };
         match (offset, data.len()) {
-            (0, 4) => data.copy_from_slice(&self.address.lock().unwrap_or_else(|e| e.into_inner()).to_le_bytes()),
+            (0, 4) => data.copy_from_slice(&root.address().to_le_bytes()),
             (RESET_CONTROL, 1) => data[0] = 0,
             (4..8, _) => {
-                if let (Some((slot, register)), Some(root)) = (self.target(offset, data.len()), self.root.upgrade()) {
+                if let Some((slot, register)) = Self::target(&root, offset, data.len()) {
                     root.config_read(slot, register, data);
                 }
             }
@@ -229,13 +271,12 @@ impl BusDevice for ConfigPorts {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        let Some(root) = self.root.upgrade() else { return };
         match (offset, data) {
-            (0, &[a, b, c, d]) => {
-                *self.address.lock().unwrap_or_else(|e| e.into_inner()) = u32::from_le_bytes([a, b, c, d]);
-            }
+            (0, &[a, b, c, d]) => *root.address() = u32::from_le_bytes([a, b, c, d]),
             (RESET_CONTROL, &[value]) if value & RESET_CPU != 0 => (self.reset)(),
             (4..8, _) => {
-                if let (Some((slot, register)), Some(root)) = (self.target(offset, data.len()), self.root.upgrade()) {
+                if let Some((slot, register)) = Self::target(&root, offset, data.len()) {
                     root.config_write(slot, register, data);
                 }
             }

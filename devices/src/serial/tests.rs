@@ -179,3 +179,25 @@ fn wide_accesses_stay_inside() {
     setup.port.read(u64::MAX, &mut wide);
     setup.port.write(u64::MAX, &wide);
 }
+
+#[test]
+fn a_port_comes_back_with_its_bytes_and_its_interrupt() {
+    let before = setup();
+    before.set(INTERRUPT_ENABLE, ENABLE_RECEIVED);
+    before.set(7, 0x5a);
+    assert_eq!(before.port.offer(b"typed"), 5);
+    assert!(before.interrupt());
+    let saved = before.port.save();
+    let after = setup();
+    let (edge, interrupts) = sync_channel(1);
+    after.port.restore(&saved, Arc::new(Edge(edge))).unwrap();
+    assert_eq!(after.port.save(), saved);
+    interrupts.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert_eq!(after.get(INTERRUPT_ID) & 0xf, ID_RECEIVED);
+    let read: Vec<u8> = (0..5).map(|_| after.get(DATA)).collect();
+    assert_eq!((&read[..], after.get(7)), (&b"typed"[..], 0x5a));
+    let long = SerialStateV1 { received: vec![0; 65], ..saved };
+    let (edge, _interrupts) = sync_channel(1);
+    assert_eq!(after.port.restore(&long, Arc::new(Edge(edge))), Err(FifoTooLong(65)));
+    assert_eq!(after.get(7), 0x5a);
+}

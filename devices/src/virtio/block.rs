@@ -24,7 +24,8 @@ pub use disk::{Disk, DiskError, SECTOR};
 
 use super::areas::Areas;
 use super::ring::{Chain, RING_FEATURES, Ring, Served};
-use super::worker::{Fault, Handler, Worker};
+use super::state::{BlockStateV1, DeviceState, StateError};
+use super::worker::{Fault, Handler, Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, OncePerReset, VirtioDevice, read_config_bytes};
 use crate::counters::{Counter, Counters};
 
@@ -43,7 +44,6 @@ pub struct Block {
     disk: Arc<Disk>,
     id: [u8; ID_LEN],
     counters: Arc<BlockCounters>,
-    worker: Option<Worker>,
 }
 
 impl Block {
@@ -52,7 +52,7 @@ impl Block {
         let mut serial = [0; ID_LEN];
         let len = id.len().min(ID_LEN);
         serial[..len].copy_from_slice(&id.as_bytes()[..len]);
-        Self { name: format!("blk:{id}"), disk, id: serial, counters: Arc::default(), worker: None }
+        Self { name: format!("blk:{id}"), disk, id: serial, counters: Arc::default() }
     }
 
     fn handler(&self, ring: Ring, features: u64) -> BlockHandler {
@@ -102,24 +102,34 @@ impl VirtioDevice for Block {
         read_config_bytes(&self.config(), offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+    fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
         let (ring, kick) = Ring::take(&mut activation, 0)?;
         let handler = self.handler(ring, activation.features);
-        let worker = Worker::spawn(&self.name, vec![kick], handler, activation.interrupt);
-        self.worker = Some(worker.map_err(ActivateError::Worker)?);
+        let worker = Worker::spawn(&self.name, vec![kick], handler, &activation);
+        Ok(worker.map_err(ActivateError::Worker)?.into())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block(BlockStateV1 { bytes: self.disk.len(), serial: self.id })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Block(BlockStateV1 { bytes, serial }) = state else {
+            return Err(StateError::WrongDevice("block device"));
+        };
+        let name = |serial: [u8; ID_LEN]| String::from_utf8_lossy(&serial).trim_end_matches('\0').to_owned();
+        if serial != self.id {
+            return Err(StateError::Differs {
+                what: "the disk's serial number",
+                saved: name(serial),
+                now: name(self.id),
+            });
+        }
+        if bytes != self.disk.len() {
+            let (saved, now) = (format!("{bytes} bytes"), format!("{} bytes", self.disk.len()));
+            return Err(StateError::Differs { what: "the disk's size", saved, now });
+        }
         Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.worker = None;
-    }
-
-    fn pause(&mut self) {
-        self.worker.iter_mut().for_each(Worker::pause);
-    }
-
-    fn resume(&mut self) {
-        self.worker.iter_mut().for_each(Worker::resume);
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
@@ -159,6 +169,10 @@ impl Handler for BlockHandler {
     fn kicked(&mut self, _position: usize) -> Result<(), Fault> {
         let Self { ring, server } = self;
         ring.serve(|chain| server.serve(chain).map(Served::Used))
+    }
+
+    fn rings(&self) -> Vec<&Ring> {
+        vec![&self.ring]
     }
 }
 

@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ring::{RING_FEATURES, Ring, Served};
-use super::worker::{Fault, Handler, Worker};
+use super::state::{ConsoleStateV1, DeviceState, StateError};
+use super::worker::{Fault, Handler, Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice};
 use crate::console_hub::{ConsoleHub, ConsoleInput};
 use crate::counters::{Counter, Counters};
@@ -35,7 +36,6 @@ const MAX_OUTPUT: usize = 1 << 20;
 /// A virtio console.
 pub struct Console {
     port: Arc<Port>,
-    worker: Option<Worker>,
 }
 
 impl Console {
@@ -46,7 +46,7 @@ impl Console {
     pub fn new(hub: Arc<ConsoleHub>) -> io::Result<Self> {
         let arrived = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let port = Port { hub, input: Mutex::default(), arrived, counters: Arc::default() };
-        Ok(Self { port: Arc::new(port), worker: None })
+        Ok(Self { port: Arc::new(port) })
     }
 
     /// The port's input side.
@@ -73,28 +73,34 @@ impl VirtioDevice for Console {
         data.fill(0);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+    fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
         let (receive, receive_kick) = Ring::take(&mut activation, RECEIVE)?;
         let (transmit, transmit_kick) = Ring::take(&mut activation, TRANSMIT)?;
         let handler = ConsoleHandler { receive, transmit, port: Arc::clone(&self.port) };
-        let worker = Worker::spawn("console", vec![receive_kick, transmit_kick], handler, activation.interrupt);
-        self.worker = Some(worker.map_err(ActivateError::Worker)?);
+        let worker = Worker::spawn("console", vec![receive_kick, transmit_kick], handler, &activation);
+        let worker = worker.map_err(ActivateError::Worker)?;
         self.port.input().open = true;
         self.port.hub.input_ready();
-        Ok(())
+        Ok(worker.into())
     }
 
     fn reset(&mut self) {
         self.port.input().open = false;
-        self.worker = None;
     }
 
-    fn pause(&mut self) {
-        self.worker.iter_mut().for_each(Worker::pause);
+    fn save(&self) -> DeviceState {
+        DeviceState::Console(ConsoleStateV1 { input: self.port.input().bytes.iter().copied().collect() })
     }
 
-    fn resume(&mut self) {
-        self.worker.iter_mut().for_each(Worker::resume);
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Console(ConsoleStateV1 { input }) = state else {
+            return Err(StateError::WrongDevice("console"));
+        };
+        if input.len() > INPUT_BYTES {
+            return Err(StateError::Impossible("the console's input is longer than its buffer"));
+        }
+        self.port.input().bytes = input.into();
+        Ok(())
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
@@ -168,6 +174,10 @@ impl Handler for ConsoleHandler {
     fn ready(&mut self, _token: u16) -> Result<(), Fault> {
         let _ = self.port.arrived.read();
         self.fill_buffers()
+    }
+
+    fn rings(&self) -> Vec<&Ring> {
+        vec![&self.receive, &self.transmit]
     }
 }
 

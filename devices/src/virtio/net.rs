@@ -15,7 +15,7 @@ mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::unistd::read;
@@ -27,7 +27,8 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::ring::{Chain, RING_FEATURES, Ring, Served};
-use super::worker::{Fault, Handler, Worker};
+use super::state::{DeviceState, NetStateV1, StateError};
+use super::worker::{Fault, Handler, Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, read_config_bytes};
 use crate::counters::{Counter, Counters};
 
@@ -87,13 +88,18 @@ pub struct Net {
     link: Arc<dyn FrameLink>,
     mac: Mac,
     counters: Arc<NetCounters>,
-    worker: Option<Worker>,
+    /// Frames that wait for receive buffers: the worker's while it runs, here while it is parked.
+    held: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl Net {
     /// A device called `id` with the address `mac` on `link`.
     pub fn new(id: &str, link: Arc<dyn FrameLink>, mac: Mac) -> Self {
-        Self { name: format!("net:{id}"), link, mac, counters: Arc::default(), worker: None }
+        Self { name: format!("net:{id}"), link, mac, counters: Arc::default(), held: Arc::default() }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -127,7 +133,7 @@ impl VirtioDevice for Net {
         read_config_bytes(&config, offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+    fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
         let (receive, receive_kick) = Ring::take(&mut activation, RECEIVE)?;
         let (transmit, transmit_kick) = Ring::take(&mut activation, TRANSMIT)?;
         let has = |feature: u32| activation.features & 1 << feature != 0;
@@ -147,31 +153,48 @@ impl VirtioDevice for Net {
             warn!(device = %self.name, "cannot tell the tap what the guest offloads: {error}");
             wire.failed(&error);
         }
+        let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
+        let mut held = 0;
+        if let Some(waiting) = self.held().pop() {
+            held = waiting.len();
+            frame[..held].copy_from_slice(&waiting);
+        }
         let handler = NetHandler {
             receive,
             transmit,
             mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
             wire,
-            frame: vec![0; MAX_FRAME].into_boxed_slice(),
-            held: 0,
+            frame,
+            held,
+            parked: Arc::clone(&self.held),
             transmit_blocked: false,
         };
         let kicks = vec![receive_kick, transmit_kick];
-        let worker = Worker::spawn(&self.name, kicks, handler, activation.interrupt);
-        self.worker = Some(worker.map_err(ActivateError::Worker)?);
-        Ok(())
+        let worker = Worker::spawn(&self.name, kicks, handler, &activation);
+        Ok(worker.map_err(ActivateError::Worker)?.into())
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        self.held().clear();
     }
 
-    fn pause(&mut self) {
-        self.worker.iter_mut().for_each(Worker::pause);
+    fn save(&self) -> DeviceState {
+        DeviceState::Net(NetStateV1 { mac: self.mac.0, held: self.held().clone() })
     }
 
-    fn resume(&mut self) {
-        self.worker.iter_mut().for_each(Worker::resume);
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Net(NetStateV1 { mac, held }) = state else {
+            return Err(StateError::WrongDevice("network card"));
+        };
+        if mac != self.mac.0 {
+            let (saved, now) = (format!("{mac:02x?}"), format!("{:02x?}", self.mac.0));
+            return Err(StateError::Differs { what: "the network card's address", saved, now });
+        }
+        if held.len() > 1 || held.iter().any(|frame| frame.len() <= NET_HEADER || frame.len() > MAX_FRAME) {
+            return Err(StateError::Impossible("a network card holds what is no frame"));
+        }
+        *self.held() = held;
+        Ok(())
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
@@ -280,6 +303,8 @@ struct NetHandler {
     frame: Box<[u8]>,
     /// Bytes of `frame` that wait for receive buffers.
     held: usize,
+    /// Where they are left while the worker is parked.
+    parked: Arc<Mutex<Vec<Vec<u8>>>>,
     /// The link would not take the next frame: it says when it does.
     transmit_blocked: bool,
 }
@@ -297,6 +322,16 @@ impl Handler for NetHandler {
         self.wire.readable = true;
         self.receive_frames()?;
         if self.transmit_blocked { self.send_frames() } else { Ok(()) }
+    }
+
+    fn drain(&mut self) {
+        let held = &self.frame[..self.held];
+        let waiting = if held.is_empty() { Vec::new() } else { vec![held.to_vec()] };
+        *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
+    }
+
+    fn rings(&self) -> Vec<&Ring> {
+        vec![&self.receive, &self.transmit]
     }
 }
 

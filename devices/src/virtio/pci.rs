@@ -22,6 +22,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::state::{QueueStateV1, StateError, VirtioPciStateV1};
+use super::worker::Workers;
 use super::{Activation, ActiveQueue, DeviceType, GuestRam, Interrupt, VirtioDevice};
 use crate::counters::Counters;
 use crate::irq::MsiAllocator;
@@ -129,6 +131,8 @@ struct QueueSetup {
 
 struct State {
     device: Box<dyn VirtioDevice>,
+    /// The device's threads while it is active. They end before it is reset.
+    workers: Workers,
     status: u8,
     offered_select: u32,
     accepted_select: u32,
@@ -186,6 +190,7 @@ impl VirtioPci {
         let state = State {
             queues: fresh_queues(&max_sizes),
             device,
+            workers: Workers::default(),
             status: 0,
             offered_select: 0,
             accepted_select: 0,
@@ -227,17 +232,119 @@ impl VirtioPci {
 
     /// Stops the device's thread from touching guest memory; returns when what was in flight is complete.
     pub fn pause(&self) {
-        self.state().device.pause();
+        self.state().workers.pause();
     }
 
     /// Undoes [`VirtioPci::pause`].
     pub fn resume(&self) {
-        self.state().device.resume();
+        self.state().workers.resume();
+    }
+
+    /// Everything the guest could see of the function or has set in it. To be called while it is paused.
+    pub fn save(&self) -> VirtioPciStateV1 {
+        let config = self.config_space().save();
+        let state = self.state();
+        let positions = state.workers.positions();
+        let vector = |v: &AtomicU16| v.load(Ordering::Acquire);
+        let queue = |(index, setup): (usize, &QueueSetup)| {
+            let position = positions.iter().find(|position| usize::from(position.index) == index);
+            QueueStateV1 {
+                size: setup.size,
+                enabled: setup.enabled,
+                descriptors: setup.descriptors,
+                driver: setup.driver,
+                device: setup.device,
+                vector: vector(&self.interrupt.queue_vectors[index]),
+                next_avail: position.map_or(0, |position| position.next_avail),
+                next_used: position.map_or(0, |position| position.next_used),
+            }
+        };
+        VirtioPciStateV1 {
+            config,
+            msix: self.msix.save(),
+            status: state.status,
+            needs_reset: self.interrupt.needs_reset.load(Ordering::Acquire),
+            offered_select: state.offered_select,
+            accepted_select: state.accepted_select,
+            accepted: state.accepted,
+            queue_select: state.queue_select,
+            isr: self.interrupt.isr.load(Ordering::Acquire),
+            generation: self.interrupt.generation.load(Ordering::Acquire),
+            config_vector: vector(&self.interrupt.config_vector),
+            queues: state.queues.iter().enumerate().map(queue).collect(),
+            device: state.device.save(),
+        }
+    }
+
+    /// Takes over what [`VirtioPci::save`] gave, on a new function that is not plugged yet. An active device comes back paused.
+    ///
+    /// # Errors
+    /// When the state is of another device, or none that this one can be in; the function is then to be thrown away.
+    pub fn restore(&self, saved: VirtioPciStateV1) -> Result<(), StateError> {
+        let mut state = self.state();
+        if saved.queues.len() != state.queues.len() {
+            let (saved, now) = (saved.queues.len().to_string(), state.queues.len().to_string());
+            return Err(StateError::Differs { what: "the number of queues", saved, now });
+        }
+        let offered = self.offered(&state);
+        if saved.status & status::FEATURES_OK != 0 && saved.accepted & !offered != 0 {
+            let (saved, now) = (format!("{:#x}", saved.accepted), format!("{offered:#x}"));
+            return Err(StateError::Differs { what: "the set of features", saved, now });
+        }
+        let sized = |(queue, &max): (&QueueStateV1, &u16)| queue.size.is_power_of_two() && queue.size <= max;
+        if !saved.queues.iter().zip(&self.max_sizes).all(sized) {
+            return Err(StateError::Impossible("a queue is larger than the device's"));
+        }
+        if !self.config_space().restore(&saved.config) {
+            return Err(StateError::Impossible("the configuration space is of another function"));
+        }
+        if !self.msix.restore(&saved.msix) {
+            return Err(StateError::Impossible("the number of interrupt vectors is another"));
+        }
+        state.device.restore(saved.device)?;
+        let interrupt = &self.interrupt;
+        interrupt.isr.store(saved.isr, Ordering::Release);
+        interrupt.generation.store(saved.generation, Ordering::Release);
+        interrupt.needs_reset.store(saved.needs_reset, Ordering::Release);
+        interrupt.config_vector.store(interrupt.checked(saved.config_vector), Ordering::Release);
+        for (vector, queue) in interrupt.queue_vectors.iter().zip(&saved.queues) {
+            vector.store(interrupt.checked(queue.vector), Ordering::Release);
+        }
+        state.status = saved.status & !status::NEEDS_RESET;
+        state.offered_select = saved.offered_select;
+        state.accepted_select = saved.accepted_select;
+        state.accepted = saved.accepted;
+        state.queue_select = saved.queue_select;
+        for (setup, queue) in state.queues.iter_mut().zip(&saved.queues) {
+            *setup = QueueSetup {
+                size: queue.size,
+                enabled: queue.enabled,
+                descriptors: queue.descriptors,
+                driver: queue.driver,
+                device: queue.device,
+            };
+        }
+        // A device that waits for its reset has no threads that serve.
+        if state.status & status::DRIVER_OK != 0 && !saved.needs_reset {
+            let positions: Vec<_> = saved.queues.iter().map(|queue| (queue.next_avail, queue.next_used)).collect();
+            self.activate(&mut state, Some(&positions)).map_err(StateError::Activate)?;
+        }
+        Ok(())
+    }
+
+    /// Interrupts the driver for every queue. After a restore: an interrupt that was on its way is not part of any state, and
+    /// drivers look before they believe.
+    pub fn nudge(&self) {
+        let enabled: Vec<_> = self.state().queues.iter().map(|queue| queue.enabled).collect();
+        for (index, _) in enabled.iter().enumerate().filter(|(_, enabled)| **enabled) {
+            self.interrupt.queue(index as u16);
+        }
     }
 
     /// Stops the device for good: the machine is being taken down.
     pub fn shut_down(&self) {
         let mut state = self.state();
+        state.workers = Workers::default();
         state.device.reset();
         self.unbind(&mut state);
     }
@@ -372,7 +479,7 @@ impl VirtioPci {
         if next & !old & status::DRIVER_OK != 0 {
             if next & status::FEATURES_OK == 0 {
                 next &= !status::DRIVER_OK;
-            } else if let Err(e) = self.activate(state) {
+            } else if let Err(e) = self.activate(state, None) {
                 warn!(device = %self.id, "{e}: the driver must reset the device");
                 state.status = next;
                 return self.interrupt.needs_reset();
@@ -381,11 +488,16 @@ impl VirtioPci {
         state.status = next;
     }
 
-    fn activate(&self, state: &mut State) -> Result<(), String> {
+    /// Starts the device, at the saved positions of all queues and paused where there are such.
+    fn activate(&self, state: &mut State, positions: Option<&[(u16, u16)]>) -> Result<(), String> {
         let mut queues = Vec::new();
         for (index, setup) in state.queues.iter().enumerate().filter(|(_, q)| q.enabled) {
             let queue = self.queue(setup, self.max_sizes[index], state.accepted);
-            let queue = queue.ok_or_else(|| format!("queue {index} does not lie in guest memory"))?;
+            let mut queue = queue.ok_or_else(|| format!("queue {index} does not lie in guest memory"))?;
+            if let Some(&(next_avail, next_used)) = positions.and_then(|positions| positions.get(index)) {
+                queue.set_next_avail(next_avail);
+                queue.set_next_used(next_used);
+            }
             let kick = self.kicks[index].try_clone().map_err(|e| e.to_string())?;
             queues.push(ActiveQueue { index: index as u16, queue, kick });
         }
@@ -394,8 +506,10 @@ impl VirtioPci {
             features: state.accepted,
             queues,
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+            paused: positions.is_some(),
         };
-        state.device.activate(activation).map_err(|e| e.to_string())
+        state.workers = state.device.activate(activation).map_err(|e| e.to_string())?;
+        Ok(())
     }
 
     fn queue(&self, setup: &QueueSetup, max: u16, features: u64) -> Option<Queue> {
@@ -410,6 +524,7 @@ impl VirtioPci {
     }
 
     fn reset(&self, state: &mut State) {
+        state.workers = Workers::default();
         state.device.reset();
         self.interrupt.clear();
         state.status = 0;

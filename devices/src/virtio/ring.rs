@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::areas::Areas;
 use super::worker::Fault;
-use super::{ActivateError, Activation, ActiveQueue, GuestRam, Interrupt};
+use super::{ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, QueuePosition};
 
 /// The ring features that every device offers.
 pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -75,6 +75,12 @@ impl Ring {
     /// How many chains it holds at most.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Where it stands: chains taken and given back so far, modulo 2^16.
+    pub fn position(&self) -> QueuePosition {
+        let (next_avail, next_used) = (self.queue.next_avail(), self.queue.next_used());
+        QueuePosition { index: self.index, next_avail, next_used }
     }
 
     /// Guest RAM, for [`Ring::next`].

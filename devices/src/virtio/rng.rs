@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::areas::Areas;
 use super::ring::{RING_FEATURES, Ring, Served};
-use super::worker::{Fault, Handler, Worker};
+use super::state::{DeviceState, StateError};
+use super::worker::{Fault, Handler, Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice};
 use crate::counters::{Counter, Counters};
 
@@ -22,7 +23,6 @@ const CHUNK: usize = 256;
 #[derive(Default)]
 pub struct Rng {
     counters: Arc<RngCounters>,
-    worker: Option<Worker>,
 }
 
 impl Rng {
@@ -49,24 +49,19 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+    fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
         let (ring, kick) = Ring::take(&mut activation, 0)?;
         let handler = RngHandler { ring, counters: Arc::clone(&self.counters) };
-        let worker = Worker::spawn("rng", vec![kick], handler, activation.interrupt);
-        self.worker = Some(worker.map_err(ActivateError::Worker)?);
-        Ok(())
+        let worker = Worker::spawn("rng", vec![kick], handler, &activation);
+        Ok(worker.map_err(ActivateError::Worker)?.into())
     }
 
-    fn reset(&mut self) {
-        self.worker = None;
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng
     }
 
-    fn pause(&mut self) {
-        self.worker.iter_mut().for_each(Worker::pause);
-    }
-
-    fn resume(&mut self) {
-        self.worker.iter_mut().for_each(Worker::resume);
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        if state == DeviceState::Rng { Ok(()) } else { Err(StateError::WrongDevice("entropy source")) }
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
@@ -101,6 +96,10 @@ impl Handler for RngHandler {
             counters.bytes.add(filled as u64);
             Ok(Served::Used(filled as u32))
         })
+    }
+
+    fn rings(&self) -> Vec<&Ring> {
+        vec![&self.ring]
     }
 }
 

@@ -1,5 +1,6 @@
 //! The driver's side of a device, for tests: queues in guest memory, and an interrupt that counts.
 
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +11,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Activation, ActiveQueue, GuestRam, Interrupt};
+use super::worker::Workers;
+use super::{ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, QueuePosition, VirtioDevice};
 use crate::counters::Counters;
 
 /// Descriptor flags.
@@ -33,6 +35,55 @@ pub enum Part<'a> {
     Say(&'a [u8]),
     /// Room for its answer.
     Room(usize),
+}
+
+/// A device with its threads, as the transport keeps them.
+pub struct Attached<D> {
+    workers: Workers,
+    device: D,
+}
+
+impl<D: VirtioDevice> Attached<D> {
+    pub fn new(device: D) -> Self {
+        Self { workers: Workers::default(), device }
+    }
+
+    pub fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.workers = self.device.activate(activation)?;
+        Ok(())
+    }
+
+    pub fn pause(&mut self) {
+        self.workers.pause();
+    }
+
+    pub fn resume(&mut self) {
+        self.workers.resume();
+    }
+
+    pub fn reset(&mut self) {
+        self.workers = Workers::default();
+        self.device.reset();
+    }
+
+    /// Where its queues stand while it is paused.
+    pub fn positions(&self) -> Vec<QueuePosition> {
+        self.workers.positions()
+    }
+}
+
+impl<D> Deref for Attached<D> {
+    type Target = D;
+
+    fn deref(&self) -> &D {
+        &self.device
+    }
+}
+
+impl<D> DerefMut for Attached<D> {
+    fn deref_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
 }
 
 /// Counts what a device tells its driver.
@@ -80,6 +131,7 @@ impl Driver {
             features,
             queues: self.queues.iter_mut().enumerate().map(hand_over).collect(),
             interrupt: Arc::clone(&self.interrupt) as _,
+            paused: false,
         }
     }
 

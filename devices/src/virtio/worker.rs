@@ -4,7 +4,7 @@
 //! the serving for good: the driver is told through DEVICE_NEEDS_RESET and the thread waits for the reset.
 //!
 //! While paused only commands are read: kicks and edge-triggered readiness stay pending in the epoll set, so nothing is
-//! missed on resume.
+//! missed on resume. A thread that parks says where its queues stand, for whoever saves the device.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,7 +16,8 @@ use tracing::{error, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Interrupt;
+use super::ring::Ring;
+use super::{Activation, Interrupt, QueuePosition};
 
 /// What the driver did that the device cannot go on from. The text names it for the log.
 #[derive(Debug, thiserror::Error)]
@@ -42,12 +43,15 @@ pub trait Handler: Send + 'static {
     fn ready(&mut self, _token: u16) -> Result<(), Fault> {
         Ok(())
     }
-    /// Completes what is in flight; called before a pause takes effect and before the thread ends.
+    /// Completes what is in flight; called before a pause takes effect and before the thread ends. What was taken from a ring but
+    /// not begun is put back.
     fn drain(&mut self) {}
+    /// The rings it serves: after [`Handler::drain`], where they stand is all there is to know of them.
+    fn rings(&self) -> Vec<&Ring>;
 }
 
 enum Command {
-    Pause(SyncSender<()>),
+    Pause(SyncSender<Vec<QueuePosition>>),
     Resume,
     Stop,
 }
@@ -57,23 +61,19 @@ pub struct Worker {
     commands: SyncSender<Command>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
-    paused: bool,
+    /// Where its queues stand, while it is paused.
+    parked: Option<Vec<QueuePosition>>,
 }
 
 const COMMAND: u64 = u64::MAX;
 const SOURCE: u64 = 1 << 32;
 
 impl Worker {
-    /// Starts a thread called `name` that serves `kicks` with `handler`.
+    /// Starts a thread called `name` that serves `kicks` with `handler`, paused if the activation says so.
     ///
     /// # Errors
     /// When the epoll set, the eventfd or the thread cannot be made.
-    pub fn spawn<H: Handler>(
-        name: &str,
-        kicks: Vec<EventFd>,
-        handler: H,
-        interrupt: Arc<dyn Interrupt>,
-    ) -> io::Result<Self> {
+    pub fn spawn<H: Handler>(name: &str, kicks: Vec<EventFd>, handler: H, activation: &Activation) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let watch = |fd: RawFd, events, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token));
@@ -86,6 +86,7 @@ impl Worker {
             watch(fd, events, SOURCE | u64::from(token))?;
         }
         let (commands, inbox) = sync_channel(4);
+        let parked = activation.paused.then(|| positions(&handler));
         let thread = Loop {
             name: name.to_owned(),
             epoll,
@@ -93,13 +94,14 @@ impl Worker {
             inbox,
             kicks,
             handler,
-            interrupt,
+            interrupt: Arc::clone(&activation.interrupt),
             faulted: false,
         };
+        let paused = activation.paused;
         // The kernel keeps 15 bytes of a thread's name.
         let short = name.get(..15).unwrap_or(name).to_owned();
-        let thread = std::thread::Builder::new().name(short).spawn(move || thread.run())?;
-        Ok(Self { commands, wake, thread: Some(thread), paused: false })
+        let thread = std::thread::Builder::new().name(short).spawn(move || thread.run(paused))?;
+        Ok(Self { commands, wake, thread: Some(thread), parked })
     }
 
     fn send(&self, command: Command) {
@@ -108,21 +110,18 @@ impl Worker {
         let _ = self.wake.write(1);
     }
 
-    /// Returns when requests in flight are complete and the thread touches nothing until [`Worker::resume`].
-    pub fn pause(&mut self) {
-        if !self.paused {
+    /// Asks the thread to park; the answer comes when it has.
+    fn begin_pause(&self) -> Option<Receiver<Vec<QueuePosition>>> {
+        self.parked.is_none().then(|| {
             let (done, wait) = sync_channel(1);
             self.send(Command::Pause(done));
-            let _ = wait.recv();
-            self.paused = true;
-        }
+            wait
+        })
     }
 
-    /// Undoes [`Worker::pause`].
-    pub fn resume(&mut self) {
-        if self.paused {
+    fn resume(&mut self) {
+        if self.parked.take().is_some() {
             self.send(Command::Resume);
-            self.paused = false;
         }
     }
 }
@@ -138,6 +137,48 @@ impl Drop for Worker {
     }
 }
 
+/// The threads of an active device, as one. None while it is inactive.
+#[derive(Default)]
+pub struct Workers(Vec<Worker>);
+
+impl Workers {
+    /// These threads.
+    pub fn new(workers: Vec<Worker>) -> Self {
+        Self(workers)
+    }
+
+    /// Returns when requests in flight are complete and no thread touches anything until [`Workers::resume`]; idempotent.
+    pub fn pause(&mut self) {
+        // All at once: each waits for its own requests.
+        let waits: Vec<_> = self.0.iter().map(Worker::begin_pause).collect();
+        for (worker, wait) in self.0.iter_mut().zip(waits) {
+            if let Some(wait) = wait {
+                worker.parked = Some(wait.recv().unwrap_or_default());
+            }
+        }
+    }
+
+    /// Undoes [`Workers::pause`].
+    pub fn resume(&mut self) {
+        self.0.iter_mut().for_each(Worker::resume);
+    }
+
+    /// Where the queues stand; none of a thread that runs.
+    pub fn positions(&self) -> Vec<QueuePosition> {
+        self.0.iter().filter_map(|worker| worker.parked.as_ref()).flatten().copied().collect()
+    }
+}
+
+impl From<Worker> for Workers {
+    fn from(worker: Worker) -> Self {
+        Self(vec![worker])
+    }
+}
+
+fn positions(handler: &impl Handler) -> Vec<QueuePosition> {
+    handler.rings().into_iter().map(Ring::position).collect()
+}
+
 struct Loop<H> {
     name: String,
     epoll: Epoll,
@@ -150,7 +191,10 @@ struct Loop<H> {
 }
 
 impl<H: Handler> Loop<H> {
-    fn run(mut self) {
+    fn run(mut self, paused: bool) {
+        if paused && !self.obey(true) {
+            return;
+        }
         // Kicks from before the worker existed went to nobody: look at every queue once.
         for position in 0..self.kicks.len() {
             let result = self.handler.kicked(position);
@@ -170,7 +214,7 @@ impl<H: Handler> Loop<H> {
             // Commands first: after a pause no queue may be touched, and the events come again on resume.
             if events[..count].iter().any(|e| e.data() == COMMAND) {
                 let _ = self.wake.read();
-                if !self.obey() {
+                if !self.obey(false) {
                     return;
                 }
             }
@@ -189,8 +233,7 @@ impl<H: Handler> Loop<H> {
     }
 
     /// Obeys waiting commands; false when told to stop. Blocks while paused.
-    fn obey(&mut self) -> bool {
-        let mut paused = false;
+    fn obey(&mut self, mut paused: bool) -> bool {
         loop {
             let command = if paused {
                 self.inbox.recv().ok()
@@ -205,7 +248,7 @@ impl<H: Handler> Loop<H> {
                 Some(Command::Pause(done)) => {
                     self.handler.drain();
                     paused = true;
-                    let _ = done.send(());
+                    let _ = done.send(positions(&self.handler));
                 }
                 Some(Command::Resume) => paused = false,
                 Some(Command::Stop) | None => {
@@ -261,15 +304,24 @@ mod tests {
         fn drain(&mut self) {
             let _ = self.seen.send("drain");
         }
+        fn rings(&self) -> Vec<&Ring> {
+            Vec::new()
+        }
     }
 
-    fn start(faulty: bool) -> (Worker, EventFd, mpsc::Receiver<&'static str>, Arc<Ignore>) {
+    fn start(faulty: bool) -> (Workers, EventFd, mpsc::Receiver<&'static str>, Arc<Ignore>) {
+        start_as(faulty, false)
+    }
+
+    fn start_as(faulty: bool, paused: bool) -> (Workers, EventFd, mpsc::Receiver<&'static str>, Arc<Ignore>) {
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         let (seen, log) = mpsc::channel();
         let interrupt = Arc::new(Ignore(AtomicUsize::new(0)));
         let kicks = vec![kick.try_clone().unwrap()];
-        let worker = Worker::spawn("probe", kicks, Probe { seen, faulty }, interrupt.clone()).unwrap();
-        (worker, kick, log, interrupt)
+        let ram = Arc::new(vm_memory::GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 4096)]).unwrap());
+        let activation = Activation { ram, features: 0, queues: Vec::new(), interrupt: interrupt.clone(), paused };
+        let worker = Worker::spawn("probe", kicks, Probe { seen, faulty }, &activation).unwrap();
+        (worker.into(), kick, log, interrupt)
     }
 
     #[test]
@@ -286,6 +338,20 @@ mod tests {
         drop(worker);
         assert_eq!(log.recv(), Ok("drain"));
         assert!(log.recv().is_err());
+    }
+
+    #[test]
+    fn a_worker_that_starts_paused_serves_nothing_until_it_may() {
+        let (mut worker, kick, log, _) = start_as(false, true);
+        kick.write(1).unwrap();
+        worker.pause();
+        assert!(log.try_recv().is_err());
+        worker.resume();
+        assert_eq!((log.recv(), log.recv()), (Ok("kick"), Ok("kick")));
+        drop(worker);
+        let (worker, _kick, log, _) = start_as(false, true);
+        drop(worker);
+        assert_eq!((log.recv(), log.recv().is_err()), (Ok("drain"), true));
     }
 
     #[test]

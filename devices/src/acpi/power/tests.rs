@@ -103,7 +103,8 @@ fn state_continues_with_timer_and_line() {
     let mut state = pm.save();
     state.timer_ticks = u32::MAX;
     let probe = Arc::new(Probe::default());
-    let copy = PowerManagement::restore(state.clone(), probe.clone(), probe.clone());
+    let copy = PowerManagement::new(probe.clone(), probe.clone());
+    copy.restore(&state);
     assert!(probe.high.load(Ordering::Relaxed));
     std::thread::sleep(std::time::Duration::from_millis(2));
     let ticks = u32::from_le_bytes(read(&copy, 8));

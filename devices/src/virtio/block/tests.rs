@@ -5,7 +5,10 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::testing::{Driver, DriverQueue, INDIRECT, NEXT, Offered, Part, WRITE, count, numbered_image, until};
+use crate::virtio::QueuePosition;
+use crate::virtio::testing::{
+    Attached, Driver, DriverQueue, INDIRECT, NEXT, Offered, Part, WRITE, count, numbered_image, until,
+};
 
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
@@ -19,13 +22,13 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 }
 
 struct Setup {
-    block: Block,
+    block: Attached<Block>,
     driver: Driver,
 }
 
 impl Setup {
     fn new(disk: Disk, features: u64) -> Self {
-        let mut block = Block::new("root", Arc::new(disk));
+        let mut block = Attached::new(Block::new("root", Arc::new(disk)));
         let mut driver = Driver::new(&[QUEUE_SIZE]);
         block.activate(driver.activation(features)).unwrap();
         Self { block, driver }
@@ -230,6 +233,8 @@ fn a_pause_holds_requests_and_a_reset_forgets_them() {
     let mut setup = Setup::on(&image);
     setup.block.pause();
     setup.block.pause();
+    let positions = setup.block.positions();
+    assert_eq!(positions, [QueuePosition { index: 0, next_avail: 0, next_used: 0 }]);
     let queue = &mut setup.driver.queues[0];
     queue.offer(&[Part::Say(&header(VIRTIO_BLK_T_FLUSH, 0)), Part::Room(1)]);
     queue.kick();
@@ -238,6 +243,8 @@ fn a_pause_holds_requests_and_a_reset_forgets_them() {
     setup.block.resume();
     setup.block.resume();
     queue.await_used();
+    setup.block.pause();
+    assert_eq!(setup.block.positions(), [QueuePosition { index: 0, next_avail: 1, next_used: 1 }]);
     setup.block.reset();
     setup.block.reset();
     setup.block.pause();

@@ -3,11 +3,11 @@ use std::thread::{sleep, spawn};
 use std::time::Duration;
 
 use super::*;
-use crate::virtio::testing::{Driver, Part, count};
+use crate::virtio::testing::{Attached, Driver, Part, count};
 
-fn setup() -> (Arc<ConsoleHub>, Console, Driver) {
+fn setup() -> (Arc<ConsoleHub>, Attached<Console>, Driver) {
     let hub = ConsoleHub::new("hvc0", 4 << 20, None).unwrap();
-    let console = Console::new(Arc::clone(&hub)).unwrap();
+    let console = Attached::new(Console::new(Arc::clone(&hub)).unwrap());
     hub.connect_input(console.input());
     (hub, console, Driver::new(&[QUEUE_SIZE; 2]))
 }

@@ -1,12 +1,11 @@
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::unistd::write;
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::testing::{Driver, DriverQueue, NEXT, Part, WRITE, count, until};
+use crate::virtio::testing::{Attached, Driver, DriverQueue, NEXT, Part, WRITE, count, until};
 
 /// One end of a socket pair that keeps message boundaries, as a tap keeps frames.
 struct Socket {
@@ -26,7 +25,7 @@ impl FrameLink for Socket {
 }
 
 struct Setup {
-    net: Net,
+    net: Attached<Net>,
     link: Arc<Socket>,
     far: OwnedFd,
     driver: Driver,
@@ -42,7 +41,7 @@ impl Setup {
             setsockopt(end, sockopt::SndBuf, &(200 << 10)).unwrap();
         }
         let link = Arc::new(Socket { fd: near, offloads: Mutex::default(), gone });
-        let net = Net::new("eth0", Arc::clone(&link) as _, Mac::derived("vm eth0"));
+        let net = Attached::new(Net::new("eth0", Arc::clone(&link) as _, Mac::derived("vm eth0")));
         Self { net, link, far, driver: Driver::new(&[QUEUE_SIZE; 2]) }
     }
 
@@ -107,6 +106,7 @@ fn drops_frames_that_are_none_or_too_long() {
     }
     queue.offer(&[Part::Say(&long[..MAX_FRAME])]);
     queue.kick();
+    queue.await_used();
     assert_eq!(setup.leave().len(), MAX_FRAME);
     assert_eq!((setup.count("tx_drops"), setup.count("tx_frames")), (3, 1));
 }

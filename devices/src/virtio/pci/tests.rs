@@ -1,3 +1,4 @@
+use super::super::state::DeviceState;
 use super::*;
 use crate::pci::msix::tests::Recorder;
 use proptest::prelude::*;
@@ -38,15 +39,19 @@ impl VirtioDevice for Echo {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         super::super::read_config_bytes(&[1, 2, 3, 4], offset, data);
     }
-    fn activate(&mut self, activation: Activation) -> Result<(), super::super::ActivateError> {
+    fn activate(&mut self, activation: Activation) -> Result<Workers, super::super::ActivateError> {
         *self.0.lock().unwrap() = Some(activation);
-        Ok(())
+        Ok(Workers::default())
+    }
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        if state == DeviceState::Rng { Ok(()) } else { Err(StateError::WrongDevice("echo")) }
     }
     fn reset(&mut self) {
         *self.0.lock().unwrap() = None;
     }
-    fn pause(&mut self) {}
-    fn resume(&mut self) {}
     fn counters(&self) -> Arc<dyn Counters> {
         Arc::new(NoCounters)
     }
@@ -169,6 +174,79 @@ fn configuration_space_reaches_the_bar() {
     rig.function.config_write((cap + 12) as u16, &3u32.to_le_bytes());
     rig.function.config_read((cap + 16) as u16, &mut data);
     assert_eq!(data, [0; 4]);
+}
+
+/// A function in the middle of its life: negotiated, with a queue, a moved BAR, vectors routed, masked and pending.
+fn lived_in() -> Rig {
+    let rig = rig();
+    rig.negotiate(VERSION_1 | 1 << 5);
+    rig.queue(0, 0x1000);
+    rig.write(0x1a, 2, 1);
+    rig.write(0x10, 2, 2);
+    rig.write(0x14, 1, 15);
+    rig.function.config_write(0x10, &0xd000_0000u32.to_le_bytes());
+    rig.function.config_write(4, &[6, 4]);
+    let control = (rig.function.msix_cap + msix::CONTROL) as u16;
+    rig.function.config_write(control, &0x8000u16.to_le_bytes());
+    rig.write(0x4010, 8, 0xfee0_1000);
+    rig.write(0x4018, 4, 0x41);
+    rig.write(0x401c, 4, 0);
+    rig.write(0x4020, 8, 0xfee0_2000);
+    rig.active.lock().unwrap().as_ref().unwrap().interrupt.config();
+    rig
+}
+
+#[test]
+fn a_function_comes_back_as_it_was() {
+    let saved = lived_in().function.save();
+    assert!(saved.msix.vectors[2].pending && saved.isr == 2 && saved.generation == 1);
+    let rig = rig();
+    rig.function.restore(saved.clone()).unwrap();
+    assert_eq!(rig.function.decoded(), [BarWindow { bar: 0, base: 0xd000_0000, len: BAR_LEN }]);
+    assert_eq!(rig.read(0x14, 1), 15);
+    {
+        let active = rig.active.lock().unwrap();
+        let active = active.as_ref().unwrap();
+        assert!(active.paused);
+        assert_eq!((active.queues[0].queue.next_avail(), active.features), (0, VERSION_1 | 1 << 5));
+    }
+    // Nothing serves the queue here, so its positions are those of the state.
+    assert_eq!(rig.function.save(), VirtioPciStateV1 { ..saved });
+}
+
+#[test]
+fn positions_and_a_broken_device_come_back() {
+    let mut saved = lived_in().function.save();
+    (saved.queues[0].next_avail, saved.queues[0].next_used) = (0xfffe, 0xfff0);
+    let rig = rig();
+    rig.function.restore(saved.clone()).unwrap();
+    let active = rig.active.lock().unwrap().take().unwrap();
+    assert_eq!((active.queues[0].queue.next_avail(), active.queues[0].queue.next_used()), (0xfffe, 0xfff0));
+    saved.needs_reset = true;
+    let rig = self::rig();
+    rig.function.restore(saved).unwrap();
+    assert!(rig.active.lock().unwrap().is_none());
+    assert_eq!(rig.read(0x14, 1), 15 | 64);
+}
+
+#[test]
+fn a_state_that_cannot_be_is_refused() {
+    let saved = lived_in().function.save();
+    let changes: [fn(&mut VirtioPciStateV1); 8] = [
+        |state| state.queues.truncate(1),
+        |state| state.queues[0].size = 512,
+        |state| state.queues[0].size = 48,
+        |state| state.accepted |= 1 << 9,
+        |state| state.config[0] ^= 1,
+        |state| state.config.truncate(255),
+        |state| state.msix.vectors.truncate(2),
+        |state| state.queues[0].driver = u64::MAX - 1,
+    ];
+    for (i, change) in changes.iter().enumerate() {
+        let mut state = saved.clone();
+        change(&mut state);
+        assert!(rig().function.restore(state).is_err(), "change {i}");
+    }
 }
 
 proptest! {

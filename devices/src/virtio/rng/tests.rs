@@ -1,9 +1,9 @@
 use super::*;
-use crate::virtio::testing::{Driver, Part, count};
+use crate::virtio::testing::{Attached, Driver, Part, count};
 
 #[test]
 fn fills_buffers_up_to_its_bound() {
-    let mut rng = Rng::new();
+    let mut rng = Attached::new(Rng::new());
     let mut driver = Driver::new(&[QUEUE_SIZE]);
     rng.activate(driver.activation(RING_FEATURES)).unwrap();
     let queue = &mut driver.queues[0];
