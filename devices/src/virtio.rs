@@ -20,6 +20,7 @@ pub mod block;
 pub mod console;
 pub mod net;
 pub mod pci;
+pub mod rate;
 mod ring;
 pub mod rng;
 pub mod state;
