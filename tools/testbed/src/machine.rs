@@ -24,6 +24,10 @@ pub const MEMORY: u32 = 8192;
 /// L1's processors. With two, each a thread of QEMU's, TCG (10.0) now and then leaves L1's registers in a guest: see
 /// `tests/src/linux/emulator.rs`. With one it has not been seen, and a booting guest is as fast.
 pub const CPUS: u32 = 1;
+/// What the machine prints, in the state directory.
+pub const CONSOLE: &str = "console.log";
+/// What the machine before it printed.
+pub const LAST_CONSOLE: &str = "console.last.log";
 /// How long booting may take on a busy machine.
 const BOOT: Duration = Duration::from_secs(180);
 
@@ -57,6 +61,8 @@ impl Machine {
         let (qmp_path, agent_path) = (dir.join("qmp"), dir.join("agent"));
         let (qmp, agent) = (listen(&qmp_path)?, listen(&agent_path)?);
         let log = File::create(dir.join("qemu.log"))?;
+        // What the machine before this one said last tells why it is gone.
+        let _ = fs::rename(dir.join(CONSOLE), dir.join(LAST_CONSOLE));
         let mut c = Command::new("setpriv");
         c.args(["--pdeathsig", "KILL"]).arg(&parts.qemu.program);
         for folder in &parts.qemu.data {
@@ -73,7 +79,7 @@ impl Machine {
             .args(["-append", "console=hvc0 quiet loglevel=4 panic=-1 mitigations=off idle=poll"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-device", "virtio-serial-pci"])
-            .args(["-chardev", &format!("file,id=console,path={}", comma(&dir.join("console.log")))])
+            .args(["-chardev", &format!("file,id=console,path={}", comma(&dir.join(CONSOLE)))])
             .args(["-device", "virtconsole,chardev=console"])
             .args(["-chardev", &format!("socket,id=agent,path={}", comma(&agent_path))])
             .args(["-device", "virtserialport,chardev=agent,name=civic.agent"])
@@ -218,5 +224,5 @@ pub fn tail(dir: &Path) -> String {
         let lines: Vec<_> = text.lines().filter(|l| !l.contains("doesn't support requested feature")).collect();
         lines[lines.len().saturating_sub(12)..].join("\n")
     };
-    [last("qemu.log"), last("console.log")].join("\n").trim().to_owned()
+    [last("qemu.log"), last(CONSOLE)].join("\n").trim().to_owned()
 }

@@ -1,5 +1,6 @@
 //! `testbed`: runs commands on a machine with real KVM, emulated where there is none.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -104,42 +105,50 @@ fn run(args: RunArgs) -> Result<i32> {
     client::run(&client::workspace()?, run, args.timeout.map(Duration::from_secs))
 }
 
-fn status(json: bool) -> Result<()> {
+fn status(json: bool) -> Result<String> {
     let answer = client::query(&client::workspace()?, What::Status)?;
     let Some(answer) = answer else {
-        println!("{}", if json { r#"{"machine":"down"}"# } else { "the machine is down" });
-        return Ok(());
+        return Ok(if json { "{\"machine\":\"down\"}\n" } else { "the machine is down\n" }.into());
     };
     if json {
-        println!("{answer}");
-        return Ok(());
+        return Ok(answer + "\n");
     }
     let v: serde_json::Value = serde_json::from_str(&answer)?;
-    println!("the machine is {}: {} CPUs, {} MiB", v["machine"].as_str().unwrap_or("?"), v["cpus"], v["memory_mib"]);
-    println!("workspace {}, daemon {}, QEMU {}", v["workspace"], v["daemon_pid"], v["qemu_pid"]);
+    let machine = v["machine"].as_str().unwrap_or("?");
+    let mut text = format!("the machine is {machine}: {} CPUs, {} MiB\n", v["cpus"], v["memory_mib"]);
+    text += &format!("workspace {}, daemon {}, QEMU {}\n", v["workspace"], v["daemon_pid"], v["qemu_pid"]);
     for run in v["runs"].as_array().into_iter().flatten() {
-        println!("run {}: {}", run["id"], run["command"].as_str().unwrap_or("?"));
+        text += &format!("run {}: {}\n", run["id"], run["command"].as_str().unwrap_or("?"));
     }
-    Ok(())
+    Ok(text)
+}
+
+fn logs() -> Result<Vec<u8>> {
+    let dir = daemon::state_dir(&client::workspace()?)?;
+    let mut text = Vec::new();
+    for name in ["daemon.log", "qemu.log", machine::LAST_CONSOLE, machine::CONSOLE] {
+        text.extend(format!("== {}\n", dir.join(name).display()).bytes());
+        text.extend(std::fs::read(dir.join(name)).unwrap_or_default());
+    }
+    Ok(text)
+}
+
+/// Prints what was asked for; whoever reads may stop early.
+fn print(text: impl AsRef<[u8]>) {
+    let _ = std::io::stdout().write_all(text.as_ref());
 }
 
 fn real_main() -> Result<i32> {
     match Cli::parse().command {
         Cmd::Setup => setup::parts().map(drop)?,
         Cmd::Run(args) => return run(args),
-        Cmd::Status { json } => status(json)?,
+        Cmd::Status { json } => print(status(json)?),
         Cmd::Stop => {
             let was = client::stop(&client::workspace()?)?;
             eprintln!("testbed: {}", if was { "stopped" } else { "was not up" });
         }
         Cmd::Restart => drop(client::stop(&client::workspace()?)?),
-        Cmd::Logs => {
-            let dir = daemon::state_dir(&client::workspace()?)?;
-            for name in ["daemon.log", "qemu.log", "console.log"] {
-                println!("== {}", dir.join(name).display());
-                print!("{}", String::from_utf8_lossy(&std::fs::read(dir.join(name)).unwrap_or_default()));
-            }
-        }
+        Cmd::Logs => print(logs()?),
         Cmd::Daemon { workspace } => {
             daemon::serve(&workspace, Size { memory: machine::MEMORY, cpus: machine::CPUS })?;
         }
