@@ -7,7 +7,11 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ByteSize, ErrorBody, ErrorCode, MacAddr};
+mod devices;
+mod error;
+
+pub use devices::{DiskConfig, NetConfig};
+pub use error::{ConfigError, Field};
 
 /// Longest name of a VM, in bytes: it is a directory name and, with the socket's name, part of a unix socket address.
 pub const MAX_NAME_BYTES: usize = 63;
@@ -68,150 +72,6 @@ pub struct VmConfig {
     pub any_kvm: bool,
 }
 
-/// A disk of a VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// Unique among the VM's disks and NICs; the disk's serial number in the guest: `[a-z0-9][a-z0-9._-]{0,19}`.
-    #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
-    pub id: String,
-    /// Image file or block device.
-    #[schema(value_type = String)]
-    pub path: PathBuf,
-    /// Refuse the guest's writes.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub read_only: bool,
-}
-
-/// A network card of a VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// Unique among the VM's disks and NICs: `[a-z0-9][a-z0-9._-]{0,19}`.
-    #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
-    pub id: String,
-    /// Name of the host's tap interface.
-    #[schema(min_length = 1, max_length = 15)]
-    pub tap: String,
-    /// Absent means one made from the VM's name and this id.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mac: Option<MacAddr>,
-}
-
-/// Why a [`VmConfig`] is no VM.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[allow(missing_docs)] // The messages say it.
-pub enum ConfigError {
-    #[error(
-        "'{name}' is no name for a VM: use a-z, 0-9, '.', '_' and '-', starting with a letter or digit, at most {MAX_NAME_BYTES} characters"
-    )]
-    Name { name: String },
-    #[error("{cpus} vCPUs: must be 1 to {MAX_CPUS}")]
-    Cpus { cpus: u8 },
-    #[error("{} of memory ({bytes} bytes): must be {} to {}", ByteSize(*.bytes), ByteSize(MIN_MEMORY_BYTES), ByteSize(MAX_MEMORY_BYTES))]
-    MemoryRange { bytes: u64 },
-    #[error("{bytes} bytes of memory: must be a multiple of {}", ByteSize(MEMORY_STEP_BYTES))]
-    MemoryStep { bytes: u64 },
-    #[error("the kernel command line has {bytes} bytes: at most {MAX_CMDLINE_BYTES}")]
-    CmdlineTooLong { bytes: usize },
-    #[error("the kernel command line contains a NUL byte")]
-    CmdlineNul,
-    #[error("{field}: '{}' is no path", path.display())]
-    Path { field: Field, path: PathBuf },
-    #[error(
-        "'{id}' is no id for a device: use a-z, 0-9, '.', '_' and '-', starting with a letter or digit, at most {MAX_ID_BYTES} characters"
-    )]
-    Id { field: Field, id: String },
-    #[error("the id '{id}' is taken by a device every VM has")]
-    ReservedId { field: Field, id: String },
-    #[error("two devices have the id '{id}'")]
-    DuplicateId { field: Field, id: String },
-    #[error("{count} disks and network cards: at most {MAX_DEVICES}")]
-    TooManyDevices { field: Field, count: usize },
-    #[error("the image {} is given to two disks", path.display())]
-    DuplicateImage { path: PathBuf },
-    #[error("'{tap}' is no name of a network interface: 1 to 15 characters without '/', '%', ':' and spaces")]
-    Tap { tap: String },
-    #[error("the tap interface '{tap}' is given to two network cards")]
-    DuplicateTap { tap: String },
-    #[error("{mac} is no address for one station: the first byte must be even and not all may be zero")]
-    MacNotUnicast { mac: MacAddr },
-    #[error("two network cards have the address {mac}")]
-    DuplicateMac { mac: MacAddr },
-}
-
-/// The part of a [`VmConfig`] an error is about. `Display` gives the field's name in JSON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)] // Named as the fields are.
-pub enum Field {
-    Name,
-    Kernel,
-    Initrd,
-    Cmdline,
-    Memory,
-    Cpus,
-    Disk,
-    Net,
-}
-
-impl Field {
-    /// The option of `civic run` that sets this field.
-    pub fn flag(self) -> &'static str {
-        match self {
-            Self::Name => "--name",
-            Self::Kernel => "--kernel",
-            Self::Initrd => "--initrd",
-            Self::Cmdline => "--cmdline",
-            Self::Memory => "--memory",
-            Self::Cpus => "--cpus",
-            Self::Disk => "--disk",
-            Self::Net => "--net",
-        }
-    }
-}
-
-impl std::fmt::Display for Field {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Name => "name",
-            Self::Kernel => "kernel",
-            Self::Initrd => "initrd",
-            Self::Cmdline => "cmdline",
-            Self::Memory => "memory_bytes",
-            Self::Cpus => "cpus",
-            Self::Disk => "disks",
-            Self::Net => "nets",
-        })
-    }
-}
-
-impl ConfigError {
-    /// The part of the configuration that is wrong.
-    pub fn field(&self) -> Field {
-        match self {
-            Self::Name { .. } => Field::Name,
-            Self::Cpus { .. } => Field::Cpus,
-            Self::MemoryRange { .. } | Self::MemoryStep { .. } => Field::Memory,
-            Self::CmdlineTooLong { .. } | Self::CmdlineNul => Field::Cmdline,
-            Self::Path { field, .. }
-            | Self::Id { field, .. }
-            | Self::ReservedId { field, .. }
-            | Self::DuplicateId { field, .. }
-            | Self::TooManyDevices { field, .. } => *field,
-            Self::DuplicateImage { .. } => Field::Disk,
-            Self::Tap { .. } | Self::DuplicateTap { .. } | Self::MacNotUnicast { .. } | Self::DuplicateMac { .. } => {
-                Field::Net
-            }
-        }
-    }
-}
-
-impl From<ConfigError> for ErrorBody {
-    fn from(error: ConfigError) -> Self {
-        ErrorBody::new(ErrorCode::InvalidConfig, format!("{}: {error}", error.field()))
-    }
-}
-
 impl VmConfig {
     /// Checks everything that can be checked without opening anything. Reports the first thing wrong.
     pub fn validate(&self) -> Result<(), ConfigError> {
@@ -264,7 +124,7 @@ impl VmConfig {
         let mut images: Vec<&DiskConfig> = Vec::new();
         for disk in &self.disks {
             check_id(Field::Disk, &disk.id)?;
-            validate_path(Field::Disk, &disk.path)?;
+            disk.check()?;
             if images.iter().any(|other| other.path == disk.path && !(other.read_only && disk.read_only)) {
                 return Err(ConfigError::DuplicateImage { path: disk.path.clone() });
             }
@@ -273,25 +133,14 @@ impl VmConfig {
         let (mut taps, mut macs) = (HashSet::new(), HashSet::new());
         for net in &self.nets {
             check_id(Field::Net, &net.id)?;
-            let tap = &net.tap;
-            if tap.is_empty()
-                || tap.len() > 15
-                || tap == "."
-                || tap == ".."
-                || tap.bytes().any(|b| b <= b' ' || b == 0x7f || matches!(b, b'/' | b'%' | b':'))
+            net.check()?;
+            if !taps.insert(&net.tap) {
+                return Err(ConfigError::DuplicateTap { tap: net.tap.clone() });
+            }
+            if let Some(mac) = net.mac
+                && !macs.insert(mac)
             {
-                return Err(ConfigError::Tap { tap: tap.clone() });
-            }
-            if !taps.insert(tap) {
-                return Err(ConfigError::DuplicateTap { tap: tap.clone() });
-            }
-            if let Some(mac) = net.mac {
-                if !mac.is_unicast() {
-                    return Err(ConfigError::MacNotUnicast { mac });
-                }
-                if !macs.insert(mac) {
-                    return Err(ConfigError::DuplicateMac { mac });
-                }
+                return Err(ConfigError::DuplicateMac { mac });
             }
         }
         Ok(())

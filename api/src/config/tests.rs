@@ -1,4 +1,5 @@
 use super::*;
+use crate::MacAddr;
 use proptest::prelude::*;
 
 fn disk(id: &str, path: &str) -> DiskConfig {
