@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 mod devices;
 mod error;
 
-pub use devices::{DiskConfig, NetConfig};
+pub use devices::{BalloonConfig, DiskConfig, DiskFormat, NetConfig, RateLimit, VsockConfig};
 pub use error::{ConfigError, Field};
 
 /// Longest name of a VM, in bytes: it is a directory name and, with the socket's name, part of a unix socket address.
@@ -27,10 +27,26 @@ pub const MAX_MEMORY_BYTES: u64 = 64 << 30;
 pub const MEMORY_STEP_BYTES: u64 = 2 << 20;
 /// Longest kernel command line, in bytes: what x86 Linux takes (`COMMAND_LINE_SIZE`) counts a final NUL.
 pub const MAX_CMDLINE_BYTES: usize = 2047;
-/// Most disks and NICs together: one PCI bus, with slots left for hotplug.
+/// Most disks and NICs together: with the host bridge and the devices of [`RESERVED_IDS`] that are on the bus they leave 11 of
+/// its 32 slots for hotplug.
 pub const MAX_DEVICES: usize = 16;
-/// Ids of devices every VM has.
-pub const RESERVED_IDS: [&str; 3] = ["console", "rng", "serial"];
+/// Ids of the devices whose id nobody chooses, as far as a VM has them.
+pub const RESERVED_IDS: [&str; 5] = ["balloon", "console", "rng", "serial", "vsock"];
+/// Most request queues of a disk: no VM has more vCPUs to use them.
+pub const MAX_DISK_QUEUES: u16 = MAX_CPUS as u16;
+/// Most queue pairs of a network card.
+pub const MAX_NET_QUEUES: u16 = 8;
+/// Least MTU of a network card (virtio 1.2 §5.1.4.1): what every IPv4 host must take (RFC 791).
+pub const MIN_MTU: u16 = 68;
+/// Longest path of a vsock's unix socket, in bytes: `sun_path` holds 107 and a final NUL, and `_4294967295` must fit behind.
+pub const MAX_VSOCK_PATH_BYTES: usize = 107 - "_4294967295".len();
+/// Least context id of a guest, and the one it has unless another is given: 0 is the hypervisor, 1 the local machine, 2 the
+/// host (virtio 1.2 §5.10.4).
+pub const MIN_CID: u32 = 3;
+/// Highest context id of a guest: the one above means any.
+pub const MAX_CID: u32 = u32::MAX - 1;
+/// A balloon takes pages of this size, whatever the guest's own is (virtio 1.2 §5.5.6).
+pub const BALLOON_STEP_BYTES: u64 = 4096;
 /// The console port every VM has: the first UART, Linux's `ttyS0`.
 pub const CONSOLE_PORT_SERIAL: &str = "serial";
 
@@ -64,6 +80,12 @@ pub struct VmConfig {
     /// Network cards, in PCI slot order after the disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+    /// Sockets between the guest and the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Memory the host takes back from the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// Let guest RAM exceed the memory the host has available.
     #[serde(default, skip_serializing_if = "is_false")]
     pub overcommit: bool,
@@ -97,6 +119,12 @@ impl VmConfig {
         validate_path(Field::Kernel, &self.kernel)?;
         if let Some(initrd) = &self.initrd {
             validate_path(Field::Initrd, initrd)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.check()?;
+        }
+        if let Some(balloon) = self.balloon {
+            balloon.check(bytes)?;
         }
         self.validate_devices()
     }

@@ -21,9 +21,10 @@ pub mod routes;
 mod size;
 
 pub use config::{
-    CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, Field, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_ID_BYTES,
-    MAX_MEMORY_BYTES, MAX_NAME_BYTES, MEMORY_STEP_BYTES, MIN_MEMORY_BYTES, NetConfig, RESERVED_IDS, VmConfig,
-    validate_name,
+    BALLOON_STEP_BYTES, BalloonConfig, CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, DiskFormat, Field, MAX_CID,
+    MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES, MAX_ID_BYTES, MAX_MEMORY_BYTES, MAX_NAME_BYTES,
+    MAX_NET_QUEUES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU, NetConfig,
+    RESERVED_IDS, RateLimit, VmConfig, VsockConfig, validate_name,
 };
 pub use error::{ErrorBody, ErrorCode};
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use super::{
-    MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_ID_BYTES, MAX_MEMORY_BYTES, MAX_NAME_BYTES, MEMORY_STEP_BYTES,
-    MIN_MEMORY_BYTES,
+    BALLOON_STEP_BYTES, MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_ID_BYTES, MAX_MEMORY_BYTES,
+    MAX_NAME_BYTES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU,
 };
 use crate::{ByteSize, ErrorBody, ErrorCode, MacAddr};
 
@@ -32,7 +32,7 @@ pub enum ConfigError {
         "'{id}' is no id for a device: use a-z, 0-9, '.', '_' and '-', starting with a letter or digit, at most {MAX_ID_BYTES} characters"
     )]
     Id { field: Field, id: String },
-    #[error("the id '{id}' is taken by a device every VM has")]
+    #[error("the id '{id}' is kept for a device of Civic's own")]
     ReservedId { field: Field, id: String },
     #[error("two devices have the id '{id}'")]
     DuplicateId { field: Field, id: String },
@@ -48,6 +48,24 @@ pub enum ConfigError {
     MacNotUnicast { mac: MacAddr },
     #[error("two network cards have the address {mac}")]
     DuplicateMac { mac: MacAddr },
+    #[error("'{id}' is a raw image, which has no backing file: only qcow2 has")]
+    RawBacking { id: String },
+    #[error("{queues} queues for '{id}': must be 1 to {most}")]
+    Queues { field: Field, id: String, queues: u16, most: u16 },
+    #[error("an MTU of {mtu} for '{id}': must be {MIN_MTU} to {}", u16::MAX)]
+    Mtu { id: String, mtu: u16 },
+    #[error("the rate limit of '{id}' limits nothing: give bytes or operations per second")]
+    RateEmpty { field: Field, id: String },
+    #[error("a rate limit of 0 would stop '{id}' for ever: give at least 1 per second, or no limit")]
+    RateZero { field: Field, id: String },
+    #[error("the path {} has {bytes} bytes: at most {MAX_VSOCK_PATH_BYTES}, to leave room for '_PORT' in a socket's address", path.display())]
+    VsockPath { path: PathBuf, bytes: usize },
+    #[error("{cid} is no context id for a guest: must be {MIN_CID} to {MAX_CID}")]
+    Cid { cid: u32 },
+    #[error("a balloon of {target} bytes: must be a multiple of {BALLOON_STEP_BYTES}")]
+    BalloonStep { target: u64 },
+    #[error("a balloon of {} ({target} bytes) in {} of memory: must leave the guest {}", ByteSize(*.target), ByteSize(*.memory), ByteSize(MIN_MEMORY_BYTES))]
+    BalloonTooLarge { target: u64, memory: u64 },
 }
 
 /// The part of a [`VmConfig`] an error is about. `Display` gives the field's name in JSON.
@@ -62,6 +80,8 @@ pub enum Field {
     Cpus,
     Disk,
     Net,
+    Vsock,
+    Balloon,
 }
 
 impl Field {
@@ -76,6 +96,8 @@ impl Field {
             Self::Cpus => "--cpus",
             Self::Disk => "--disk",
             Self::Net => "--net",
+            Self::Vsock => "--vsock",
+            Self::Balloon => "--balloon",
         }
     }
 }
@@ -91,6 +113,8 @@ impl std::fmt::Display for Field {
             Self::Cpus => "cpus",
             Self::Disk => "disks",
             Self::Net => "nets",
+            Self::Vsock => "vsock",
+            Self::Balloon => "balloon",
         })
     }
 }
@@ -107,11 +131,18 @@ impl ConfigError {
             | Self::Id { field, .. }
             | Self::ReservedId { field, .. }
             | Self::DuplicateId { field, .. }
-            | Self::TooManyDevices { field, .. } => *field,
-            Self::DuplicateImage { .. } => Field::Disk,
-            Self::Tap { .. } | Self::DuplicateTap { .. } | Self::MacNotUnicast { .. } | Self::DuplicateMac { .. } => {
-                Field::Net
-            }
+            | Self::TooManyDevices { field, .. }
+            | Self::Queues { field, .. }
+            | Self::RateEmpty { field, .. }
+            | Self::RateZero { field, .. } => *field,
+            Self::DuplicateImage { .. } | Self::RawBacking { .. } => Field::Disk,
+            Self::Tap { .. }
+            | Self::DuplicateTap { .. }
+            | Self::MacNotUnicast { .. }
+            | Self::DuplicateMac { .. }
+            | Self::Mtu { .. } => Field::Net,
+            Self::VsockPath { .. } | Self::Cid { .. } => Field::Vsock,
+            Self::BalloonStep { .. } | Self::BalloonTooLarge { .. } => Field::Balloon,
         }
     }
 }

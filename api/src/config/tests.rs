@@ -3,11 +3,11 @@ use crate::MacAddr;
 use proptest::prelude::*;
 
 fn disk(id: &str, path: &str) -> DiskConfig {
-    DiskConfig { id: id.into(), path: path.into(), read_only: false }
+    DiskConfig::new(id, path)
 }
 
 fn net(id: &str, tap: &str) -> NetConfig {
-    NetConfig { id: id.into(), tap: tap.into(), mac: None }
+    NetConfig::new(id, tap)
 }
 
 fn config() -> VmConfig {
@@ -20,6 +20,8 @@ fn config() -> VmConfig {
         cpus: 2,
         disks: vec![disk("disk0", "/root.img")],
         nets: vec![net("net0", "tap0")],
+        vsock: None,
+        balloon: None,
         overcommit: false,
         any_kvm: false,
     }
@@ -64,7 +66,9 @@ fn devices() {
     assert_eq!(error_after(|c| c.disks[0].id = "".into()), ConfigError::Id { field, id: "".into() });
     let long = "a".repeat(21);
     assert_eq!(error_after(|c| c.disks[0].id = long.clone()), ConfigError::Id { field, id: long.clone() });
-    assert_eq!(error_after(|c| c.disks[0].id = "rng".into()), ConfigError::ReservedId { field, id: "rng".into() });
+    for id in RESERVED_IDS {
+        assert_eq!(error_after(|c| c.disks[0].id = id.into()), ConfigError::ReservedId { field, id: id.into() });
+    }
     let same_id = |c: &mut VmConfig| c.nets[0].id = "disk0".into();
     assert_eq!(error_after(same_id), ConfigError::DuplicateId { field: Field::Net, id: "disk0".into() });
     let same_image = |c: &mut VmConfig| c.disks.push(disk("b", "/root.img"));
@@ -81,6 +85,92 @@ fn devices() {
 }
 
 #[test]
+fn queues_and_formats() {
+    for queues in [0, 17] {
+        let error = ConfigError::Queues { field: Field::Disk, id: "disk0".into(), queues, most: 16 };
+        assert_eq!(error_after(|c| c.disks[0].queues = Some(queues)), error);
+    }
+    for queues in [0, 9] {
+        let error = ConfigError::Queues { field: Field::Net, id: "net0".into(), queues, most: 8 };
+        assert_eq!(error_after(|c| c.nets[0].queues = Some(queues)), error);
+    }
+    for mtu in [0, 67] {
+        assert_eq!(error_after(|c| c.nets[0].mtu = Some(mtu)), ConfigError::Mtu { id: "net0".into(), mtu });
+    }
+    assert_eq!(error_after(|c| c.disks[0].backing = true), ConfigError::RawBacking { id: "disk0".into() });
+    let mut config = config();
+    config.disks[0] =
+        DiskConfig { format: DiskFormat::Qcow2, backing: true, queues: Some(16), ..disk("disk0", "/root.qcow2") };
+    config.nets[0] = NetConfig { queues: Some(8), mtu: Some(68), ..net("net0", "tap0") };
+    config.validate().unwrap();
+    config.nets[0].mtu = Some(u16::MAX);
+    config.validate().unwrap();
+}
+
+#[test]
+fn rates() {
+    let rate = |bytes_per_second, operations_per_second| Some(RateLimit { bytes_per_second, operations_per_second });
+    let places: [(Field, &str, fn(&mut VmConfig) -> &mut Option<RateLimit>); 3] = [
+        (Field::Disk, "disk0", |c| &mut c.disks[0].rate),
+        (Field::Net, "net0", |c| &mut c.nets[0].rx_rate),
+        (Field::Net, "net0", |c| &mut c.nets[0].tx_rate),
+    ];
+    for (field, id, place) in places {
+        let (empty, zero) =
+            (ConfigError::RateEmpty { field, id: id.into() }, ConfigError::RateZero { field, id: id.into() });
+        assert_eq!(error_after(|c| *place(c) = rate(None, None)), empty);
+        for wrong in [rate(Some(0), None), rate(None, Some(0)), rate(Some(1), Some(0)), rate(Some(0), Some(1))] {
+            assert_eq!(error_after(|c| *place(c) = wrong), zero);
+        }
+        for right in [rate(Some(1), None), rate(None, Some(u64::MAX)), rate(Some(1), Some(1)), None] {
+            let mut config = config();
+            *place(&mut config) = right;
+            config.validate().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_vsock() {
+    let vsock = |uds: &str, cid| Some(VsockConfig { uds: uds.into(), cid });
+    let longest = format!("/{}", "a".repeat(95));
+    for (uds, cid) in [("/v", None), ("/v", Some(3)), ("/v", Some(0xffff_fffe)), (longest.as_str(), None)] {
+        let config = VmConfig { vsock: vsock(uds, cid), ..config() };
+        config.validate().unwrap();
+    }
+    for cid in [0, 1, 2, u32::MAX] {
+        assert_eq!(error_after(|c| c.vsock = vsock("/v", Some(cid))), ConfigError::Cid { cid });
+    }
+    let path = longest + "a";
+    let too_long = ConfigError::VsockPath { path: path.clone().into(), bytes: 97 };
+    assert_eq!(error_after(|c| c.vsock = vsock(&path, None)), too_long);
+    let none = ConfigError::Path { field: Field::Vsock, path: PathBuf::new() };
+    assert_eq!(error_after(|c| c.vsock = vsock("", None)), none);
+}
+
+/// Every address that the guest's ports lead to can be bound.
+#[test]
+fn the_longest_vsock_path_leaves_room_for_a_port() {
+    let path = format!("/{}_{}", "a".repeat(MAX_VSOCK_PATH_BYTES - 1), u32::MAX);
+    std::os::unix::net::SocketAddr::from_pathname(&path).unwrap();
+    std::os::unix::net::SocketAddr::from_pathname(path + "0").unwrap_err();
+}
+
+#[test]
+fn a_balloon() {
+    let with = |target_bytes| move |c: &mut VmConfig| c.balloon = Some(BalloonConfig { target_bytes });
+    for target in [0, 4096, (1 << 30) - (16 << 20)] {
+        let mut config = config();
+        with(target)(&mut config);
+        config.validate().unwrap();
+    }
+    assert_eq!(error_after(with(4097)), ConfigError::BalloonStep { target: 4097 });
+    for target in [(1 << 30) - (16 << 20) + 4096, 1 << 30, !4095] {
+        assert_eq!(error_after(with(target)), ConfigError::BalloonTooLarge { target, memory: 1 << 30 });
+    }
+}
+
+#[test]
 fn one_read_only_image_may_be_two_disks() {
     let mut config = config();
     config.disks.push(disk("b", "/root.img"));
@@ -93,6 +183,16 @@ fn a_misspelt_field_is_refused() {
     let json = r#"{"name":"a","kernel":"/k","memory_bytes":16777216,"cpus":1,"memory":1}"#;
     let error = serde_json::from_str::<VmConfig>(json).unwrap_err().to_string();
     assert!(error.contains("unknown field `memory`"), "{error}");
+    for device in [
+        r#""disks":[{"id":"a","path":"/a","rate":{"iops":1}}]"#,
+        r#""nets":[{"id":"a","tap":"t","mtuu":1500}]"#,
+        r#""vsock":{"uds":"/v","port":1}"#,
+        r#""balloon":{"size":1}"#,
+    ] {
+        let json = format!(r#"{{"name":"a","kernel":"/k","memory_bytes":16777216,"cpus":1,{device}}}"#);
+        let error = serde_json::from_str::<VmConfig>(&json).unwrap_err().to_string();
+        assert!(error.contains("unknown field"), "{device}: {error}");
+    }
 }
 
 #[test]
@@ -100,6 +200,20 @@ fn the_smallest_json_is_a_vm() {
     let json = r#"{"name":"a","kernel":"/k","memory_bytes":16777216,"cpus":1}"#;
     let config: VmConfig = serde_json::from_str(json).unwrap();
     config.validate().unwrap();
+    assert_eq!(serde_json::to_string(&config).unwrap(), json);
+}
+
+#[test]
+fn devices_in_json() {
+    let json = concat!(
+        r#"{"name":"a","kernel":"/k","memory_bytes":33554432,"cpus":1,"#,
+        r#""disks":[{"id":"d","path":"/d","format":"qcow2","backing":true,"queues":2,"rate":{"bytes_per_second":1}}],"#,
+        r#""nets":[{"id":"n","tap":"t","queues":2,"mtu":9000,"rx_rate":{"operations_per_second":5}}],"#,
+        r#""vsock":{"uds":"/v","cid":4},"balloon":{"target_bytes":4096}}"#,
+    );
+    let config: VmConfig = serde_json::from_str(json).unwrap();
+    config.validate().unwrap();
+    assert_eq!(config.disks[0].format, DiskFormat::Qcow2);
     assert_eq!(serde_json::to_string(&config).unwrap(), json);
 }
 

@@ -69,6 +69,8 @@ impl Setup {
             cpus: 1,
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
+            balloon: None,
             overcommit: false,
             any_kvm: true,
         };
@@ -93,7 +95,7 @@ impl Setup {
         let path = self.root.path().join(format!("{id}.img"));
         let file = File::create(&path).expect("an image can be made");
         file.set_len(bytes).expect("an image can be made");
-        self.config.disks.push(DiskConfig { id: id.into(), path, read_only: false });
+        self.config.disks.push(DiskConfig::new(id, path));
         self
     }
 

@@ -127,7 +127,7 @@ fn an_image_has_one_writer_at_a_time() {
 #[test]
 fn a_tap_that_is_not_there() {
     let mut setup = Setup::new(&spinning());
-    setup.config.nets.push(NetConfig { id: "lan".into(), tap: "civic-no-such".into(), mac: None });
+    setup.config.nets.push(NetConfig::new("lan", "civic-no-such"));
     let error = setup.refused();
     with_hint(&error, ErrorCode::TapUnavailable, "");
     assert!(error.message.contains("civic-no-such"), "{error:?}");

@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use civic_api::{ByteSize, CONSOLE_PORT_SERIAL, VmConfig, validate_name};
+use civic_api::{BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, VmConfig, VsockConfig, validate_name};
 use clap::{Args, Parser, Subcommand};
 
 use crate::advice;
-use crate::devices::{DiskSpec, NetSpec};
+use crate::devices::{DiskSpec, NetSpec, VsockSpec};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -128,6 +128,8 @@ Examples:
   civic run --name web --kernel vmlinuz --initrd initrd.img --disk path=root.img \\
       --cmdline 'console=ttyS0 root=/dev/vda1 ro' --detach
   civic run --name tiny --kernel vmlinuz --initrd rescue.img --memory 128M
+  civic run --name db --kernel vmlinuz --disk path=db.qcow2,format=qcow2,queues=4,bps=200M \\
+      --vsock uds=/run/db.vsock --balloon
 
 Environment:
   CIVIC_VMM      the monitor to start; else civic-vmm beside civic, else in PATH
@@ -170,13 +172,24 @@ pub struct RunArgs {
     /// vCPUs, 1 to 16.
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     pub cpus: u8,
-    /// A disk: path=FILE[,id=ID][,ro]. Repeat for more: /dev/vda, /dev/vdb, … in the guest. A comma in FILE is doubled. The
-    /// id is the disk's serial number in the guest, by default disk0, disk1, …
+    /// A disk: path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]. Repeat for more: /dev/vda,
+    /// /dev/vdb, … in the guest. A comma in FILE is doubled. The id is the disk's serial number in the guest, by default
+    /// disk0, disk1, … 'ro' refuses writes. The format is raw unless said otherwise; 'backing' lets a qcow2 image name the
+    /// file it is based on. 'bps' (bytes) and 'iops' (requests) limit what it does in a second.
     #[arg(long = "disk", value_name = "SPEC")]
     pub disks: Vec<DiskSpec>,
-    /// A network card: tap=NAME[,mac=ADDRESS][,id=ID]. Repeat for more. The id is by default net0, net1, …
+    /// A network card: tap=NAME[,mac=ADDRESS][,id=ID][,queues=N][,mtu=N][,rx-bps=SIZE][,rx-pps=N][,tx-bps=SIZE][,tx-pps=N].
+    /// Repeat for more. The id is by default net0, net1, … More than one pair of queues needs a tap made with 'multi_queue'.
+    /// The limits are in bytes (bps) and packets (pps) a second, of what the guest receives (rx) and sends (tx).
     #[arg(long = "net", value_name = "SPEC")]
     pub nets: Vec<NetSpec>,
+    /// Sockets between guest and host: uds=PATH[,cid=N]. The host connects to the unix socket PATH; the guest's connections
+    /// to the host's port N go to PATH_N. The guest's context id is 3 unless given.
+    #[arg(long, value_name = "SPEC")]
+    pub vsock: Option<VsockSpec>,
+    /// A memory balloon: the guest gives back the memory it has no use for; with SIZE, that much more is taken from it.
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
+    pub balloon: Option<ByteSize>,
     /// Return as soon as the guest has started, and let it run on its own.
     #[arg(long)]
     pub detach: bool,
@@ -202,6 +215,10 @@ impl RunArgs {
             disk.path = absolute(&disk.path, "--disk")?;
             disks.push(disk);
         }
+        let vsock = |spec: &VsockSpec| {
+            let vsock = spec.config();
+            anyhow::Ok(VsockConfig { uds: absolute(&vsock.uds, "--vsock")?, ..vsock })
+        };
         let config = VmConfig {
             name: self.name.clone(),
             kernel: absolute(&self.kernel, "--kernel")?,
@@ -211,6 +228,8 @@ impl RunArgs {
             cpus: self.cpus,
             disks,
             nets: self.nets.iter().enumerate().map(|(index, net)| net.config(index)).collect(),
+            vsock: self.vsock.as_ref().map(vsock).transpose()?,
+            balloon: self.balloon.map(|size| BalloonConfig { target_bytes: size.0 }),
             overcommit: self.overcommit,
             any_kvm: self.any_kvm,
         };
@@ -274,6 +293,24 @@ mod tests {
         assert_eq!(disks, [("disk0", "/a".into(), true), ("data", here.join("b"), false)]);
         assert_eq!(config.nets[0].id, "net0");
         assert_eq!(config.cmdline, None);
+        assert_eq!((config.vsock, config.balloon), (None, None));
+    }
+
+    #[test]
+    fn devices_from_the_command_line() {
+        let config =
+            |options: &str| run_args(&format!("civic run --name web --kernel /k {options}")).unwrap().config().unwrap();
+        let here = std::env::current_dir().unwrap();
+        let vsock = config("--vsock uds=v,cid=9").vsock;
+        assert_eq!(vsock, Some(VsockConfig { uds: here.join("v"), cid: Some(9) }));
+        let target = |options: &str| config(options).balloon.unwrap().target_bytes;
+        assert_eq!(target("--balloon"), 0);
+        assert_eq!(target("--balloon=100M"), 100 << 20);
+        // What follows is no size unless '=' says so.
+        assert_eq!(target("--balloon --detach"), 0);
+        assert!(run_args("civic run --name web --kernel /k --balloon 1M").is_err());
+        let disk = &config("--disk path=/a,format=qcow2,backing,queues=2,bps=1M").disks[0];
+        assert_eq!((disk.format.as_str(), disk.backing, disk.queues), ("qcow2", true, Some(2)));
     }
 
     #[test]
@@ -296,6 +333,16 @@ mod tests {
         assert!(error("--disk path=/a --disk path=/a").contains("--disk: the image /a is given to two disks"));
         assert!(error("--net tap=a/b").contains("--net"));
         assert!(error("--net tap=a,mac=01:00:00:00:00:00").contains("--net"));
+        assert!(error("--disk path=/a,backing").contains("--disk: 'disk0' is a raw image"));
+        assert!(error("--disk path=/a,queues=17").contains("--disk: 17 queues for 'disk0': must be 1 to 16"));
+        assert!(error("--disk path=/a,iops=0").contains("--disk: a rate limit of 0 would stop 'disk0'"));
+        assert!(error("--disk path=/a,id=vsock").contains("--disk: the id 'vsock' is kept"));
+        assert!(error("--net tap=a,mtu=60").contains("--net: an MTU of 60 for 'net0'"));
+        assert!(error("--vsock uds=/v,cid=2").contains("--vsock: 2 is no context id"));
+        assert!(error(&format!("--vsock uds=/{}", "v".repeat(96))).contains("--vsock: the path"));
+        assert!(error("--vsock /v").contains("--vsock"));
+        assert!(error("--balloon=500M").contains("--balloon: a balloon of 500M"));
+        assert!(error("--balloon=1X").contains("--balloon"));
         for name in ["../x", "A", ""] {
             assert!(Cli::try_parse_from(["civic", "info", name]).is_err(), "{name}");
         }

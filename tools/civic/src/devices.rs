@@ -1,32 +1,36 @@
-//! What `--disk` and `--net` take: `key=value` pairs and words, with commas between. A comma in a value is doubled.
+//! What `--disk`, `--net` and `--vsock` take: `key=value` pairs and words, with commas between. A comma in a value is doubled.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fmt::Display;
 use std::str::FromStr;
 
-use civic_api::{DiskConfig, MacAddr, NetConfig};
+use civic_api::{ByteSize, DiskConfig, DiskFormat, MacAddr, NetConfig, RateLimit, VsockConfig};
 
-/// `path=FILE[,id=ID][,ro]`
+/// `path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
-    path: PathBuf,
     id: Option<String>,
-    read_only: bool,
+    /// Its id is not yet known.
+    disk: DiskConfig,
 }
 
-/// `tap=NAME[,mac=ADDRESS][,id=ID]`
+/// `tap=NAME[,mac=ADDRESS][,id=ID][,queues=N][,mtu=N][,rx-bps=SIZE][,rx-pps=N][,tx-bps=SIZE][,tx-pps=N]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetSpec {
-    tap: String,
-    mac: Option<MacAddr>,
     id: Option<String>,
+    /// Its id is not yet known.
+    net: NetConfig,
 }
+
+/// `uds=PATH[,cid=N]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockSpec(VsockConfig);
 
 impl DiskSpec {
     /// The disk for the configuration; `index` makes its id where it has none.
     pub fn config(&self, index: usize) -> DiskConfig {
         let id = self.id.clone().unwrap_or_else(|| format!("disk{index}"));
-        DiskConfig { id, path: self.path.clone(), read_only: self.read_only }
+        DiskConfig { id, ..self.disk.clone() }
     }
 }
 
@@ -34,7 +38,14 @@ impl NetSpec {
     /// The network card for the configuration; `index` makes its id where it has none.
     pub fn config(&self, index: usize) -> NetConfig {
         let id = self.id.clone().unwrap_or_else(|| format!("net{index}"));
-        NetConfig { id, tap: self.tap.clone(), mac: self.mac }
+        NetConfig { id, ..self.net.clone() }
+    }
+}
+
+impl VsockSpec {
+    /// The device for the configuration.
+    pub fn config(&self) -> VsockConfig {
+        self.0.clone()
     }
 }
 
@@ -42,12 +53,25 @@ impl FromStr for DiskSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const FORM: &str = "path=FILE[,id=ID][,ro]";
+        const FORM: &str = "path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]";
         let mut fields = Fields::parse(text, FORM)?;
-        let path = fields.take("path").ok_or_else(|| format!("no path: write {FORM}"))?.into();
-        let (id, read_only) = (fields.take("id"), fields.take_word("ro"));
+        let path = fields.take("path").ok_or_else(|| format!("no path: write {FORM}"))?;
+        let id = fields.take("id");
+        let format = match fields.take("format").as_deref() {
+            None | Some("raw") => DiskFormat::Raw,
+            Some("qcow2") => DiskFormat::Qcow2,
+            Some(other) => return Err(format!("format: '{other}' is none: give raw or qcow2")),
+        };
+        let disk = DiskConfig {
+            read_only: fields.take_word("ro"),
+            format,
+            backing: fields.take_word("backing"),
+            queues: fields.take_number("queues")?,
+            rate: fields.take_rate("bps", "iops")?,
+            ..DiskConfig::new("", path)
+        };
         fields.end()?;
-        Ok(Self { path, id, read_only })
+        Ok(Self { id, disk })
     }
 }
 
@@ -55,13 +79,34 @@ impl FromStr for NetSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const FORM: &str = "tap=NAME[,mac=ADDRESS][,id=ID]";
+        const FORM: &str =
+            "tap=NAME[,mac=ADDRESS][,id=ID][,queues=N][,mtu=N][,rx-bps=SIZE][,rx-pps=N][,tx-bps=SIZE][,tx-pps=N]";
         let mut fields = Fields::parse(text, FORM)?;
         let tap = fields.take("tap").ok_or_else(|| format!("no tap: write {FORM}"))?;
-        let mac = fields.take("mac").map(|mac| mac.parse().map_err(|error| format!("mac: {error}"))).transpose()?;
         let id = fields.take("id");
+        let net = NetConfig {
+            mac: fields.take_parsed::<MacAddr>("mac")?,
+            queues: fields.take_number("queues")?,
+            mtu: fields.take_number("mtu")?,
+            rx_rate: fields.take_rate("rx-bps", "rx-pps")?,
+            tx_rate: fields.take_rate("tx-bps", "tx-pps")?,
+            ..NetConfig::new("", tap)
+        };
         fields.end()?;
-        Ok(Self { tap, mac, id })
+        Ok(Self { id, net })
+    }
+}
+
+impl FromStr for VsockSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "uds=PATH[,cid=N]";
+        let mut fields = Fields::parse(text, FORM)?;
+        let uds = fields.take("uds").ok_or_else(|| format!("no uds: write {FORM}"))?.into();
+        let cid = fields.take_number("cid")?;
+        fields.end()?;
+        Ok(Self(VsockConfig { uds, cid }))
     }
 }
 
@@ -92,6 +137,25 @@ impl Fields {
         // A key without a value stays, for `end` to complain about.
         self.fields.get(key)?.as_ref()?;
         self.fields.remove(key)?
+    }
+
+    /// The value of `key`, parsed.
+    fn take_parsed<T: FromStr<Err: Display>>(&mut self, key: &str) -> Result<Option<T>, String> {
+        self.take(key).map(|text| text.parse().map_err(|error| format!("{key}: {error}"))).transpose()
+    }
+
+    /// The value of `key`, a whole number.
+    fn take_number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, String> {
+        let number = |text: String| text.parse().map_err(|_| format!("{key}: '{text}' is no number that fits"));
+        self.take(key).map(number).transpose()
+    }
+
+    /// A rate, by the keys of its bytes and its operations.
+    fn take_rate(&mut self, bytes: &str, operations: &str) -> Result<Option<RateLimit>, String> {
+        let bytes_per_second = self.take_parsed::<ByteSize>(bytes)?.map(|size| size.0);
+        let operations_per_second = self.take_number(operations)?;
+        let limited = bytes_per_second.is_some() || operations_per_second.is_some();
+        Ok(limited.then_some(RateLimit { bytes_per_second, operations_per_second }))
     }
 
     /// Whether the word is there.
@@ -133,43 +197,94 @@ fn split(text: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
+    fn disk(text: &str) -> DiskConfig {
+        text.parse::<DiskSpec>().unwrap_or_else(|error| panic!("{text}: {error}")).config(3)
+    }
+
+    fn net(text: &str) -> NetConfig {
+        text.parse::<NetSpec>().unwrap_or_else(|error| panic!("{text}: {error}")).config(1)
+    }
+
+    fn complains<T: FromStr<Err = String> + std::fmt::Debug>(text: &str, part: &str) {
+        let error = text.parse::<T>().unwrap_err();
+        assert!(error.contains(part), "{text}: {error}");
+    }
+
+    fn rate(bytes_per_second: Option<u64>, operations_per_second: Option<u64>) -> Option<RateLimit> {
+        Some(RateLimit { bytes_per_second, operations_per_second })
+    }
+
     #[test]
     fn disks() {
-        let check = |text: &str, path: &str, id: &str, ro: bool| {
-            let config = text.parse::<DiskSpec>().unwrap().config(3);
-            assert_eq!(config, DiskConfig { id: id.into(), path: path.into(), read_only: ro }, "{text}");
+        assert_eq!(disk("path=root.img"), DiskConfig::new("disk3", "root.img"));
+        let data = DiskConfig { read_only: true, ..DiskConfig::new("data", "/a b=c") };
+        assert_eq!(disk("path=/a b=c,ro,id=data"), data);
+        assert_eq!(disk("id=x,path=a,,b,format=raw"), DiskConfig::new("x", "a,b"));
+        let all = DiskConfig {
+            format: DiskFormat::Qcow2,
+            backing: true,
+            queues: Some(4),
+            rate: rate(Some(100 << 20), Some(1000)),
+            ..DiskConfig::new("disk3", "a")
         };
-        check("path=root.img", "root.img", "disk3", false);
-        check("path=/a b=c,ro,id=data", "/a b=c", "data", true);
-        check("id=x,path=a,,b", "a,b", "x", false);
+        assert_eq!(disk("path=a,format=qcow2,backing,queues=4,bps=100M,iops=1000"), all);
+        assert_eq!(disk("path=a,bps=1K").rate, rate(Some(1024), None));
+        assert_eq!(disk("path=a,iops=7").rate, rate(None, Some(7)));
         for (text, part) in [
             ("", "no path"),
             ("root.img", "no path"),
             ("path=", "no value"),
             ("path", "no path"),
             ("path=a,path=b", "'path' is given twice"),
-            ("path=a,rw", "'rw' means nothing"),
             ("path=a,ro=1", "'ro' means nothing"),
             ("path=a,id", "'id' means nothing"),
             ("path=a,", "'' means nothing"),
+            ("path=a,format=vmdk", "format: 'vmdk'"),
+            ("path=a,format", "'format' means nothing"),
+            ("path=a,backing=b", "'backing' means nothing"),
+            ("path=a,queues=many", "queues: 'many' is no number"),
+            ("path=a,queues=65536", "queues: '65536' is no number that fits"),
+            ("path=a,bps=fast", "bps: 'fast' is not a size"),
+            ("path=a,iops=1K", "iops: '1K' is no number"),
+            ("path=a,mtu=1500", "'mtu' means nothing"),
         ] {
-            let error = text.parse::<DiskSpec>().unwrap_err();
-            assert!(error.contains(part), "{text}: {error}");
+            complains::<DiskSpec>(text, part);
         }
     }
 
     #[test]
     fn network_cards() {
-        let net = "tap=tap0,mac=52:54:00:12:34:56,id=lan".parse::<NetSpec>().unwrap().config(0);
         let mac = Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
-        assert_eq!(net, NetConfig { id: "lan".into(), tap: "tap0".into(), mac });
-        let net = "tap=tap0".parse::<NetSpec>().unwrap().config(1);
-        assert_eq!(net, NetConfig { id: "net1".into(), tap: "tap0".into(), mac: None });
-        for (text, part) in
-            [("mac=1", "no tap"), ("tap=a,mac=1", "mac: '1' is not a MAC address"), ("tap=a,ro", "'ro'")]
-        {
-            let error = text.parse::<NetSpec>().unwrap_err();
-            assert!(error.contains(part), "{text}: {error}");
+        assert_eq!(net("tap=tap0,mac=52:54:00:12:34:56,id=lan"), NetConfig { mac, ..NetConfig::new("lan", "tap0") });
+        assert_eq!(net("tap=tap0"), NetConfig::new("net1", "tap0"));
+        let all = NetConfig {
+            queues: Some(2),
+            mtu: Some(9000),
+            rx_rate: rate(Some(1 << 20), Some(2)),
+            tx_rate: rate(Some(3 << 20), Some(4)),
+            ..NetConfig::new("net1", "t")
+        };
+        assert_eq!(net("tap=t,queues=2,mtu=9000,rx-bps=1M,rx-pps=2,tx-bps=3M,tx-pps=4"), all);
+        assert_eq!((net("tap=t,rx-pps=2").tx_rate, net("tap=t,tx-bps=2").rx_rate), (None, None));
+        for (text, part) in [
+            ("mac=1", "no tap"),
+            ("tap=a,mac=1", "mac: '1' is not a MAC address"),
+            ("tap=a,ro", "'ro'"),
+            ("tap=a,mtu=65536", "mtu: '65536' is no number that fits"),
+            ("tap=a,tx-bps=-1", "tx-bps: '-1' is not a size"),
+            ("tap=a,bps=1M", "'bps' means nothing"),
+        ] {
+            complains::<NetSpec>(text, part);
+        }
+    }
+
+    #[test]
+    fn vsocks() {
+        let vsock = |text: &str| text.parse::<VsockSpec>().unwrap().config();
+        assert_eq!(vsock("uds=/v"), VsockConfig { uds: "/v".into(), cid: None });
+        assert_eq!(vsock("cid=7,uds=a,,b"), VsockConfig { uds: "a,b".into(), cid: Some(7) });
+        for (text, part) in [("/v", "no uds"), ("uds=/v,cid=x", "cid: 'x' is no number"), ("uds=/v,port=1", "'port'")] {
+            complains::<VsockSpec>(text, part);
         }
     }
 }
