@@ -1,6 +1,7 @@
 //! `cargo xtask`: what the project's developers do, in commands.
 
 mod assets;
+mod bench;
 mod debian;
 mod demo;
 mod place;
@@ -16,7 +17,7 @@ use clap::{Parser, Subcommand};
 
 use crate::place::{Job, Place};
 
-/// Set up, test and show Civic.
+/// Set up, test, measure and show Civic.
 ///
 /// What is fetched and built is kept in $CIVIC_CACHE (default: $XDG_CACHE_HOME/civic, ~/.cache/civic).
 #[derive(Parser)]
@@ -32,6 +33,8 @@ enum Cmd {
     Setup,
     /// Run all checks and tests, each where it can run.
     Test(test::Args),
+    /// Check the promises that are figures, side by side with QEMU.
+    Bench(bench::Args),
     /// Boot Debian with nginx in civic and fetch a page from it.
     Demo {
         /// In the testbed, even if this machine could.
@@ -62,6 +65,8 @@ enum Cmd {
         args: Vec<String>,
     },
     #[command(hide = true)]
+    BenchHost(bench::HostArgs),
+    #[command(hide = true)]
     DemoHost,
 }
 
@@ -69,6 +74,7 @@ fn run() -> Result<ExitCode> {
     let passed = match Cli::parse().command {
         Cmd::Setup => setup::all().map(|()| true)?,
         Cmd::Test(args) => test::run(&args)?,
+        Cmd::Bench(args) => bench::run(&args)?,
         Cmd::Demo { testbed } => demo::run(testbed)?,
         Cmd::Exec { testbed, program, args } => {
             setup::all()?;
@@ -85,6 +91,7 @@ fn run() -> Result<ExitCode> {
             let status = place::testbed()?.args(args).status().context("cannot run the testbed")?;
             return Ok(ExitCode::from(status.code().unwrap_or(125) as u8));
         }
+        Cmd::BenchHost(args) => bench::host(&args)?,
         Cmd::DemoHost => demo::host().map(|()| true)?,
     };
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

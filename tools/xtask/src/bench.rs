@@ -1,0 +1,140 @@
+//! `cargo xtask bench`: the promises that are figures, measured side by side with QEMU.
+//!
+//! ```text
+//!  cargo xtask bench ── set-up, release build ──► xtask bench-host      where guests run: here, or in the testbed
+//!                                                  ├── boot             process start to user space; the monitor's own memory
+//!                                                  └── io               disks, network, vsock
+//! ```
+//!
+//! The half on the KVM host measures, prints the table and writes the rows as JSON; its status says whether the promises hold.
+//!
+//! Invariants: a figure of Civic's stands beside one of QEMU's taken in the same minutes, the two in turn (A, B, A, B, …); both
+//! monitors get the same kernel, initramfs, memory, vCPUs and devices; nothing that was left out is left out silently; no
+//! absolute time measured in the testbed is shown as if it meant something.
+
+mod boot;
+mod facts;
+mod fio;
+mod guest;
+mod images;
+mod io;
+mod machine;
+mod memory;
+mod net;
+mod report;
+mod stats;
+mod vsock;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use civic_testbed::{apt, cache, client, setup as testbed_setup};
+
+use crate::place::{Job, Place};
+use crate::setup;
+use crate::test::cargo;
+use machine::Tools;
+use report::Report;
+
+/// What only benches need of the system: `qemu-img` makes their qcow2 images.
+const PACKAGES: [&str; 1] = ["qemu-utils"];
+/// Seconds that a bench may take.
+const TIMEOUT: u64 = 4 * 3600;
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum What {
+    /// Time from process start to guest user space, and the monitor's own memory.
+    Boot,
+    /// Disks, network and vsock.
+    Io,
+    /// Both.
+    All,
+}
+
+/// What to measure, how long and where.
+#[derive(clap::Args)]
+pub struct Args {
+    #[arg(value_enum)]
+    what: What,
+    /// Fewer runs of fewer things: minutes, in the testbed too.
+    #[arg(long)]
+    quick: bool,
+    /// Also write the rows there.
+    #[arg(long, value_name = "OUT")]
+    json: Option<PathBuf>,
+    /// In the testbed, even if this machine could.
+    #[arg(long)]
+    testbed: bool,
+}
+
+/// The half on the KVM host.
+#[derive(clap::Args)]
+pub struct HostArgs {
+    #[arg(value_enum)]
+    what: What,
+    #[arg(long)]
+    quick: bool,
+    #[arg(long)]
+    json: PathBuf,
+    #[arg(long)]
+    qemu: PathBuf,
+    #[arg(long)]
+    qemu_data: Vec<PathBuf>,
+}
+
+/// Measures where guests can run; whether all promises hold.
+pub fn run(args: &Args) -> Result<bool> {
+    setup::all()?;
+    apt::install(&PACKAGES)?;
+    let qemu = testbed_setup::parts()?.qemu;
+    ensure!(cargo(&["build", "--quiet", "--release", "-p", "civic", "-p", "civic-vmm"], &[])?, "cannot build civic");
+    let (place, why) = if args.testbed { (Place::Testbed, "--testbed") } else { Place::for_guests() };
+    let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
+    println!("== the bench runs {at}: {why}");
+    // The workspace is what both this machine and the testbed write to.
+    let folder = client::workspace()?.join("target");
+    fs::create_dir_all(&folder)?;
+    let json = folder.join(format!("bench-{}.json", std::process::id()));
+    let mut host = vec!["bench-host".to_owned()];
+    host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
+    host.extend(args.quick.then(|| "--quick".to_owned()));
+    host.push(format!("--json={}", json.display()));
+    let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
+    host.push(format!("--qemu={}", program.display()));
+    host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
+    let myself = std::env::current_exe()?;
+    let held = Job { program: &myself, args: &host, root_image: args.what != What::Boot, timeout: TIMEOUT }.run(place);
+    if let (Some(to), true) = (&args.json, json.exists()) {
+        fs::copy(&json, to).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    cache::remove(&json)?;
+    held
+}
+
+fn in_path(program: &std::path::Path) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut found = std::env::split_paths(&path).map(|dir| dir.join(program)).filter(|p| p.is_file());
+    found.next().with_context(|| format!("no {} in PATH", program.display()))
+}
+
+/// The part on the KVM host.
+pub fn host(args: &HostArgs) -> Result<bool> {
+    let tools = Tools::new(&args.qemu, &args.qemu_data)?;
+    let mut report = Report::new(facts::gather(&tools)?);
+    if args.what != What::Io {
+        boot::run(&tools, args.quick, &mut report)?;
+    }
+    if args.what != What::Boot {
+        io::run(&tools, args.quick, &mut report)?;
+    }
+    fs::write(&args.json, serde_json::to_vec_pretty(&report.json())?)?;
+    print!("{report}");
+    Ok(report.broken().is_empty())
+}
+
+/// A line on stdout saying what is being measured. It never names a time.
+fn progress(what: &str) {
+    println!("bench: {what}");
+}

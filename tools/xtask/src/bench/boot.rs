@@ -1,0 +1,175 @@
+//! How fast a guest is up, and what its monitor costs.
+//!
+//! Time from starting the process an operator starts (`civic run`, QEMU) until the guest's first program prints: the kernel
+//! is up and user space runs. Each monitor boots the image of the kernel that it boots faster, the bzImage or the vmlinux,
+//! found by boots that do not count. The machine has a disk and a network card, as a useful one has.
+//!
+//! The same boots tell the monitor's own memory when the guest is at rest, and the number of times the guest left for its
+//! host: a count that even an emulated host gets right.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::guest::{BOOT, Guest, USER_SPACE};
+use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, line};
+use super::net::Tap;
+use super::report::{Kind, Promise, Report, Row};
+use super::stats::Samples;
+use super::{memory, progress};
+
+const MONITORS: [Monitor; 3] = [Monitor::Civic, Monitor::Q35, Monitor::Microvm];
+const IMAGES: [Image; 2] = [Image::BzImage, Image::Vmlinux];
+const MEMORY_MIB: u32 = 512;
+const DISK: u64 = 64 << 20;
+/// Civic's share of the faster QEMU's time.
+const TIME: f64 = 0.75;
+/// MiB of the monitor's own.
+const OWN_MEMORY: f64 = 8.0;
+/// Says that the tiny guest, which the guest then becomes, is up.
+const AT_REST: &str = "CIVIC-TINY-READY";
+
+/// Boots of one monitor.
+#[derive(Default)]
+struct Boots {
+    seconds: Samples,
+    own_mib: Samples,
+    exits: Samples,
+}
+
+/// Measures and reports.
+pub fn run(tools: &Tools, quick: bool, report: &mut Report) -> Result<()> {
+    let (rounds, cpus): (usize, &[u8]) = if quick { (5, &[1]) } else { (20, &[1, 2, 4]) };
+    let tap = Tap::new(0)?;
+    let disk = tools.work.join("boot.img");
+    File::create(&disk)?.set_len(DISK)?;
+    for &cpus in cpus {
+        let spec = |monitor, image| Spec {
+            monitor,
+            image,
+            cpus,
+            memory_mib: MEMORY_MIB,
+            cmdline: String::new(),
+            disks: vec![Disk { path: disk.clone(), qcow2: false, read_only: false, aio: Aio::IoUring }],
+            taps: vec![(tap.name.clone(), false)],
+            vsock: None,
+        };
+        let chosen = choose(tools, quick, spec)?;
+        let mut boots = MONITORS.map(|_| Boots::default());
+        for round in 0..rounds {
+            progress(&format!("boot, {cpus} vCPU: round {} of {rounds}", round + 1));
+            for at in (0..MONITORS.len()).map(|i| (i + round) % MONITORS.len()) {
+                boot(tools, &spec(MONITORS[at], chosen[at]), Some(&mut boots[at]))?;
+            }
+        }
+        for (&monitor, &image) in MONITORS.iter().zip(&chosen) {
+            report.command(&called(monitor, image, cpus), line(&tools.command(&spec(monitor, image), "NAME")));
+        }
+        let names: Vec<_> = MONITORS.iter().zip(&chosen).map(|(&m, &i)| called(m, i, cpus)).collect();
+        rows(report, cpus, &boots, &names);
+    }
+    Ok(())
+}
+
+fn called(monitor: Monitor, image: Image, cpus: u8) -> String {
+    format!("{}, {}, {cpus} vCPU", monitor.name(), image.file())
+}
+
+/// The image that each monitor boots faster. The first boots warm the page cache and tell nothing.
+fn choose(tools: &Tools, quick: bool, spec: impl Fn(Monitor, Image) -> Spec) -> Result<Vec<Image>> {
+    let rounds = if quick { 1 } else { 3 };
+    let mut boots = MONITORS.map(|_| IMAGES.map(|_| Boots::default()));
+    for round in 0..=rounds {
+        progress(&format!(
+            "warming up and finding the faster image of the kernel: round {} of {}",
+            round + 1,
+            rounds + 1
+        ));
+        for (m, &monitor) in MONITORS.iter().enumerate() {
+            for (i, &image) in IMAGES.iter().enumerate() {
+                let seconds = boot(tools, &spec(monitor, image), None)?;
+                if round > 0 {
+                    boots[m][i].seconds.push(seconds);
+                }
+            }
+        }
+    }
+    let faster = |b: &[Boots; 2]| if b[1].seconds.median() < b[0].seconds.median() { IMAGES[1] } else { IMAGES[0] };
+    Ok(boots.iter().map(faster).collect())
+}
+
+/// One boot, in seconds; with `into`, on until the guest is at rest.
+fn boot(tools: &Tools, spec: &Spec, into: Option<&mut Boots>) -> Result<f64> {
+    let mut guest = Guest::start(tools, spec)?;
+    let (_, up) = guest.wait(USER_SPACE, BOOT)?;
+    let seconds = (up - guest.started).as_secs_f64();
+    if let Some(boots) = into {
+        let pid = guest.pid()?;
+        let exits = exits(Path::new("/sys/kernel/debug/kvm"), pid).map_or(f64::NAN, |n| n as f64);
+        guest.wait(AT_REST, BOOT)?;
+        let own = memory::of(pid)?.own;
+        boots.seconds.push(seconds);
+        boots.exits.push(exits);
+        boots.own_mib.push(own as f64 / f64::from(1 << 20));
+    }
+    Ok(seconds)
+}
+
+/// How often a process's vCPUs left their guest, by KVM's statistics: `PID-FD/exits` of each of its VMs.
+fn exits(statistics: &Path, pid: u32) -> Option<u64> {
+    let of = format!("{pid}-");
+    let ours = |e: &PathBuf| e.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&of));
+    let vms = fs::read_dir(statistics).ok()?.flatten().map(|e| e.path()).filter(ours);
+    vms.map(|vm| fs::read_to_string(vm.join("exits")).ok()?.trim().parse().ok())
+        .reduce(|a: Option<u64>, b| Some(a? + b?))?
+}
+
+fn rows(report: &mut Report, cpus: u8, boots: &[Boots; 3], names: &[String]) {
+    let suffix = if cpus == 1 { String::new() } else { format!(".{cpus}cpu") };
+    let (ours, peers) = (&boots[0], [1, 2]);
+    let less = |of: fn(&Boots) -> &Samples| {
+        let by = |&a: &usize, &b: &usize| of(&boots[a]).median().total_cmp(&of(&boots[b]).median());
+        peers.into_iter().min_by(by).unwrap_or(1)
+    };
+    let mut row = |name: &str, unit, kind, promise, of: fn(&Boots) -> &Samples, peer: usize| {
+        let (ours, peer_name) = (of(ours).clone(), names[peer].clone());
+        report.add(Row {
+            name: format!("{name}{suffix}"),
+            unit,
+            kind,
+            promise,
+            ours,
+            peer: of(&boots[peer]).clone(),
+            peer_name,
+            how: String::new(),
+        });
+    };
+    let faster = less(|b| &b.seconds);
+    row("boot.userspace", "s", Kind::Timed, Promise::RatioAtMost(TIME), |b| &b.seconds, faster);
+    row("boot.userspace.slower_qemu", "s", Kind::Timed, Promise::None, |b| &b.seconds, 3 - faster);
+    for peer in peers.into_iter().filter(|&p| !boots[p].exits.median().is_nan()) {
+        row("boot.exits", "exits", Kind::Counted, Promise::None, |b| &b.exits, peer);
+    }
+    let promise = if cpus == 1 { Promise::AtMost(OWN_MEMORY) } else { Promise::None };
+    let smaller = less(|b| &b.own_mib);
+    row("boot.monitor_memory", "MiB", Kind::Counted, promise, |b| &b.own_mib, smaller);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exits_of_all_vms_of_a_process_and_no_other() {
+        let dir = std::env::temp_dir().join(format!("xtask-exits-{}", std::process::id()));
+        for (vm, n) in [("12-9", "5\n"), ("12-14", "7\n"), ("123-9", "100\n")] {
+            fs::create_dir_all(dir.join(vm)).unwrap();
+            fs::write(dir.join(vm).join("exits"), n).unwrap();
+        }
+        assert_eq!(exits(&dir, 12), Some(12));
+        assert_eq!(exits(&dir, 1), None);
+        assert_eq!(exits(&dir.join("nothing"), 12), None);
+        fs::remove_dir_all(dir).unwrap();
+    }
+}

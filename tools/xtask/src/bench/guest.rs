@@ -1,0 +1,156 @@
+//! A guest that is being measured: its monitor's process and its serial console.
+//!
+//! What the guest does is in `resources/bench/init`. When it is to do more than boot, it takes one command a line:
+//!
+//! ```text
+//!  host:   NUMBER COMMAND…                     a line for the guest's shell
+//!  guest:  CIVIC-BENCH-BEGIN NUMBER
+//!          what the command prints
+//!          CIVIC-BENCH-END NUMBER STATUS
+//! ```
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::machine::{Monitor, Spec, Tools};
+
+/// How long a guest may take to boot: the testbed is slow, and may share its processor.
+pub const BOOT: Duration = Duration::from_secs(300);
+/// Printed by the guest's first program before anything else.
+pub const USER_SPACE: &str = "CIVIC-BENCH-USERSPACE";
+/// Printed when the guest takes commands.
+const READY: &str = "CIVIC-BENCH-READY";
+
+/// A running guest; its monitor ends when this is dropped.
+pub struct Guest<'a> {
+    tools: &'a Tools,
+    name: String,
+    monitor: Monitor,
+    child: Child,
+    stdin: ChildStdin,
+    output: Receiver<(Instant, Vec<u8>)>,
+    errors: PathBuf,
+    /// When the process was started.
+    pub started: Instant,
+    text: String,
+    seen: usize,
+    step: u32,
+}
+
+impl<'a> Guest<'a> {
+    /// Starts the monitor.
+    pub fn start(tools: &'a Tools, spec: &Spec) -> Result<Self> {
+        let name = format!("bench-{}", spec.monitor.name().replace(' ', "-"));
+        let mut command = tools.command(spec, &name);
+        let errors = tools.work.join(format!("{name}.errors"));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
+        let started = Instant::now();
+        let mut child = command.spawn().with_context(|| format!("cannot run {:?}", command.get_program()))?;
+        let (Some(stdin), Some(mut stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            unreachable!("both are pipes")
+        };
+        let (to, output) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+                if to.send((Instant::now(), buffer[..n].to_vec())).is_err() {
+                    return;
+                }
+            }
+        });
+        let (text, monitor) = (String::new(), spec.monitor);
+        Ok(Self { tools, name, monitor, child, stdin, output, errors, started, text, seen: 0, step: 0 })
+    }
+
+    /// Waits until `needle` comes after what was waited for before; returns what came before it, and when it came.
+    pub fn wait(&mut self, needle: &str, limit: Duration) -> Result<(String, Instant)> {
+        let deadline = Instant::now() + limit;
+        let mut came = Instant::now();
+        loop {
+            if let Some(at) = self.text[self.seen..].find(needle) {
+                let before = self.text[self.seen..self.seen + at].to_owned();
+                self.seen += at + needle.len();
+                return Ok((before, came));
+            }
+            match self.output.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok((when, bytes)) => {
+                    came = when;
+                    self.text.push_str(&String::from_utf8_lossy(&bytes));
+                }
+                Err(RecvTimeoutError::Timeout) => bail!("{}", self.what_is_wrong(&format!("no '{needle}' in time"))),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("{}", self.what_is_wrong(&format!("it ended without '{needle}'")))
+                }
+            }
+        }
+    }
+
+    fn what_is_wrong(&self, what: &str) -> String {
+        let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+        let log = fs::read_to_string(self.tools.work.join("run").join(&self.name).join("vmm.log")).unwrap_or_default();
+        let lines: Vec<_> = self.text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(30)..].join("\n");
+        format!("{}: {what}\n{errors}{log}its console ends with:\n{tail}", self.monitor.name())
+    }
+
+    /// Waits until the guest takes commands.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        self.wait(READY, BOOT).map(drop)
+    }
+
+    /// Runs a line of shell in the guest; returns what it prints. Fails unless its status is 0.
+    pub fn run(&mut self, command: &str, limit: Duration) -> Result<String> {
+        self.step += 1;
+        let n = self.step;
+        self.stdin.write_all(format!("{n} {command}\n").as_bytes()).context("the monitor takes no input")?;
+        self.wait(&format!("CIVIC-BENCH-BEGIN {n}\r\n"), limit)?;
+        let (said, _) = self.wait(&format!("CIVIC-BENCH-END {n} "), limit).with_context(|| format!("in: {command}"))?;
+        let (status, _) = self.wait("\r\n", limit)?;
+        ensure!(status == "0", "'{command}' ended with status {status}:\n{said}");
+        Ok(said.replace("\r\n", "\n"))
+    }
+
+    /// The process that is the monitor.
+    pub fn pid(&self) -> Result<u32> {
+        if self.monitor != Monitor::Civic {
+            return Ok(self.child.id());
+        }
+        let info: serde_json::Value = serde_json::from_str(&said(self.tools.civic(&["info", &self.name, "--json"]))?)?;
+        info["pid"].as_u64().and_then(|pid| pid.try_into().ok()).context("civic tells no pid")
+    }
+
+    /// Which monitor it is.
+    pub fn monitor(&self) -> Monitor {
+        self.monitor
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if self.monitor == Monitor::Civic {
+            // The monitor is not the process we started; with it that one ends.
+            let killed = self.tools.civic(&["kill", &self.name]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            if !killed.is_ok_and(|s| s.success()) {
+                let _ = self.child.kill();
+            }
+        } else {
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a program to its end and returns what it prints; fails unless it succeeds.
+pub fn said(mut command: impl std::borrow::BorrowMut<Command>) -> Result<String> {
+    let command = command.borrow_mut();
+    let out = command.output().with_context(|| format!("cannot run {:?}", command.get_program()))?;
+    let errors = String::from_utf8_lossy(&out.stderr).into_owned();
+    ensure!(out.status.success(), "{}: {}\n{errors}", super::machine::line(command), out.status);
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}

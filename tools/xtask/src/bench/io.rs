@@ -1,0 +1,241 @@
+//! Disks, network and vsock, Civic beside QEMU's q35 with virtio-pci.
+//!
+//! Both guests are up all the time and take turns, a run of seconds each: A, B, A, B, …. A guest without work sleeps in a read of
+//! its console and costs its host next to nothing, so one at a time is measured, and what drifts (the host's clock, other
+//! tenants, the page cache) drifts under both alike. To boot each guest afresh for every run would put minutes between
+//! the halves of a pair in the testbed, where the noise is greatest.
+//!
+//! QEMU's disks are there twice, with `aio=io_uring` and with `aio=threads`: the faster one in the warm-up is the peer, for every
+//! job by itself. Its network card is there twice as well, served by QEMU and by the kernel's vhost.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::fio::{self, JOBS};
+use super::guest::Guest;
+use super::images::Images;
+use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Vsock, line};
+use super::net::{self, Tap, Way};
+use super::report::{Kind, Promise, Report, Row};
+use super::stats::Samples;
+use super::{progress, vsock};
+
+const MEMORY_MIB: u32 = 512;
+const CPUS: u8 = 1;
+/// Civic's share of QEMU's throughput.
+const SHARE: f64 = 0.9;
+/// The guest's address for QEMU's vsock.
+const CID: u32 = 77;
+/// How long a run in the guest may take beyond its time.
+const PATIENCE: Duration = Duration::from_secs(300);
+const WAYS_OF_QEMU: [Aio; 2] = [Aio::IoUring, Aio::Threads];
+const CIVIC: usize = 0;
+const PEER: usize = 1;
+
+/// How much is measured.
+struct Effort {
+    rounds: usize,
+    seconds: u32,
+}
+
+/// Both guests and what they have.
+struct Bench<'a> {
+    effort: Effort,
+    images: &'a Images,
+    /// Civic's, QEMU's.
+    guests: [Guest<'a>; 2],
+    report: &'a mut Report,
+}
+
+/// Measures and reports.
+pub fn run(tools: &Tools, quick: bool, report: &mut Report) -> Result<()> {
+    let effort = if quick { Effort { rounds: 5, seconds: 2 } } else { Effort { rounds: 15, seconds: 4 } };
+    let root = std::env::var_os("CIVIC_ROOT_IMAGE").map(PathBuf::from).context("no CIVIC_ROOT_IMAGE")?;
+    let images = Images::new(tools)?;
+    let taps = [Tap::new(1)?, Tap::new(2)?, Tap::new(3)?];
+    let qcow2 = tools.civic_takes(&["--disk", "path=/nowhere,format=qcow2"])?;
+    if !qcow2 {
+        report.leave_out("qcow2.*: this civic knows no --disk …,format=qcow2");
+    }
+    let sockets = vsocks(tools, report)?;
+
+    let root = Disk { path: root, qcow2: false, read_only: true, aio: Aio::IoUring };
+    let formats = if qcow2 { &[false, true][..] } else { &[false] };
+    let mut disks = [vec![root.clone()], vec![root]];
+    for &qcow2 in formats {
+        let name = if qcow2 { "qcow2" } else { "raw" };
+        let disk = |path, aio| Disk { path, qcow2, read_only: false, aio };
+        disks[CIVIC].push(disk(images.make(&format!("civic.{name}"), qcow2)?, Aio::IoUring));
+        for aio in WAYS_OF_QEMU {
+            disks[PEER].push(disk(images.make(&format!("qemu-{}.{name}", aio.word()), qcow2)?, aio));
+        }
+    }
+    let [ours, peers] = disks;
+    let spec = |monitor, disks, taps: &[(&Tap, bool)], vsock: Option<&Vsock>| Spec {
+        monitor,
+        image: Image::BzImage,
+        cpus: CPUS,
+        memory_mib: MEMORY_MIB,
+        cmdline: taps.iter().enumerate().fold("civic.bench=io".to_owned(), |c, (n, t)| c + " " + &t.0.cmdline(n)),
+        disks,
+        taps: taps.iter().map(|(tap, vhost)| (tap.name.clone(), *vhost)).collect(),
+        vsock: vsock.cloned(),
+    };
+    let specs = [
+        spec(Monitor::Civic, ours, &[(&taps[0], false)], sockets.as_ref().map(|s| &s[CIVIC])),
+        spec(Monitor::Q35, peers, &[(&taps[1], false), (&taps[2], true)], sockets.as_ref().map(|s| &s[PEER])),
+    ];
+    for spec in &specs {
+        report.command(&format!("{}, io", spec.monitor.name()), line(&tools.command(spec, "NAME")));
+    }
+    let start = |spec: &Spec| -> Result<Guest> {
+        progress(&format!("booting {}", spec.monitor.name()));
+        let mut guest = Guest::start(tools, spec)?;
+        guest.wait_ready()?;
+        Ok(guest)
+    };
+    let guests = [start(&specs[0])?, start(&specs[1])?];
+    let mut bench = Bench { effort, images: &images, guests, report };
+    for (n, &qcow2) in formats.iter().enumerate() {
+        bench.disks(qcow2, n)?;
+    }
+    bench.network(&taps)?;
+    if let Some(sockets) = &sockets {
+        bench.vsock(sockets)?;
+    }
+    bench.guests.iter_mut().try_for_each(complaints)
+}
+
+/// How the guests are reached by vsock, if both can be.
+fn vsocks(tools: &Tools, report: &mut Report) -> Result<Option<[Vsock; 2]>> {
+    let socket = tools.work.join("vsock");
+    if !tools.civic_takes(&["--vsock", &format!("uds={}", socket.display())])? {
+        report.leave_out("vsock.*: this civic knows no --vsock");
+        return Ok(None);
+    }
+    if !std::path::Path::new("/dev/vhost-vsock").exists() {
+        report.leave_out("vsock.*: no /dev/vhost-vsock for QEMU (modprobe vhost_vsock)");
+        return Ok(None);
+    }
+    Ok(Some([Vsock::Unix(socket), Vsock::Vhost(CID)]))
+}
+
+/// Fails if the guest's kernel complained.
+fn complaints(guest: &mut Guest) -> Result<()> {
+    let bad = "Call Trace|BUG:|Oops|I/O error|blk_update_request|hung_task";
+    let found = guest.run(&format!("dmesg | grep -E '{bad}' || true"), PATIENCE)?;
+    ensure!(found.is_empty(), "the kernel in {} complains:\n{found}", guest.monitor().name());
+    Ok(())
+}
+
+/// `/dev/vdX`; disk 0 is the root file system's.
+fn device(index: usize) -> String {
+    format!("/dev/vd{}", char::from(b'a' + index as u8))
+}
+
+impl Bench<'_> {
+    /// All jobs on the disks of a format, which is the `n`th: Civic's own, QEMU's one for each way.
+    fn disks(&mut self, qcow2: bool, n: usize) -> Result<()> {
+        let group = if qcow2 { "qcow2" } else { "blk" };
+        let ours = device(1 + n);
+        let theirs = [0, 1].map(|way| device(1 + 2 * n + way));
+        let limit = PATIENCE + Duration::from_secs(self.effort.seconds.into());
+        for (guest, device) in [(CIVIC, &ours), (PEER, &theirs[0]), (PEER, &theirs[1])] {
+            progress(&format!("{group}: writing and verifying {device} of {}", self.guests[guest].monitor().name()));
+            for command in fio::verify(device) {
+                fio::check(&self.guests[guest].run(&command, limit)?)?;
+            }
+        }
+        for job in &JOBS {
+            let name = format!("{group}.{}", job.name);
+            let (images, seconds, guests) = (self.images, self.effort.seconds, &mut self.guests);
+            let mut run = |guest: usize, device: &str| {
+                images.settle()?;
+                fio::figure(job, &guests[guest].run(&fio::measure(job, device, seconds), limit)?)
+            };
+            progress(&format!("{name}: warming up"));
+            run(CIVIC, &ours)?;
+            let (first, second) = (run(PEER, &theirs[0])?, run(PEER, &theirs[1])?);
+            let way = usize::from(second > first);
+            let [ours, peer] = in_turn(&name, self.effort.rounds, |who| {
+                if who == CIVIC { run(CIVIC, &ours) } else { run(PEER, &theirs[way]) }
+            })?;
+            self.row(name, job.unit, ours, peer, &format!("aio={}", WAYS_OF_QEMU[way].word()), true);
+        }
+        Ok(())
+    }
+
+    fn network(&mut self, taps: &[Tap; 3]) -> Result<()> {
+        self.guests.iter_mut().try_for_each(net::serve)?;
+        let seconds = self.effort.seconds;
+        for way in Way::BOTH {
+            let name = format!("net.tcp_{}", way.name());
+            progress(&format!("{name}: warming up"));
+            for tap in taps {
+                net::measure(tap, way, seconds)?;
+            }
+            let [ours, peer, vhost] = in_turn(&name, self.effort.rounds, |who| net::measure(&taps[who], way, seconds))?;
+            self.row(name.clone(), "MiB/s", ours.clone(), peer, "vhost=off", true);
+            self.row(format!("{name}.vhost"), "MiB/s", ours, vhost, "vhost=on", false);
+        }
+        Ok(())
+    }
+
+    fn vsock(&mut self, sockets: &[Vsock; 2]) -> Result<()> {
+        self.guests.iter_mut().try_for_each(vsock::serve)?;
+        let seconds = self.effort.seconds;
+        for way in Way::BOTH {
+            let name = format!("vsock.{}", way.name());
+            progress(&format!("{name}: warming up"));
+            for socket in sockets {
+                vsock::measure(socket, way, seconds)?;
+            }
+            let [ours, peer] = in_turn(&name, self.effort.rounds, |who| vsock::measure(&sockets[who], way, seconds))?;
+            self.row(name, "MiB/s", ours, peer, "vhost-vsock", true);
+        }
+        Ok(())
+    }
+
+    fn row(&mut self, name: String, unit: &'static str, ours: Samples, peer: Samples, how: &str, promised: bool) {
+        let promise = if promised { Promise::RatioAtLeast(SHARE) } else { Promise::None };
+        let peer_name = format!("{}, io", Monitor::Q35.name());
+        let how = how.to_owned();
+        self.report.add(Row { name, unit, kind: Kind::Timed, promise, ours, peer, peer_name, how });
+    }
+}
+
+/// Measures contestants in turn, each round begun by the next one.
+fn in_turn<const N: usize>(
+    what: &str,
+    rounds: usize,
+    mut measure: impl FnMut(usize) -> Result<f64>,
+) -> Result<[Samples; N]> {
+    let mut samples = [(); N].map(|()| Samples::default());
+    for round in 0..rounds {
+        progress(&format!("{what}: round {} of {rounds}", round + 1));
+        for who in (0..N).map(|i| (i + round) % N) {
+            samples[who].push(measure(who).with_context(|| format!("{what} of contestant {who}"))?);
+        }
+    }
+    Ok(samples)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_alternate_and_begin_with_another_each_round() {
+        let mut order = Vec::new();
+        let [a, b] = in_turn("x", 3, |who| {
+            order.push(who);
+            Ok(order.len() as f64)
+        })
+        .unwrap();
+        assert_eq!(order, [0, 1, 1, 0, 0, 1]);
+        assert_eq!((a.n(), b.n(), a.max(), b.max()), (3, 3, 5.0, 6.0));
+        assert_eq!((device(0), device(4)), ("/dev/vda".into(), "/dev/vde".into()));
+    }
+}
