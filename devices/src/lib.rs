@@ -8,6 +8,7 @@ pub mod acpi;
 pub mod bus;
 pub mod console_hub;
 pub mod counters;
+mod entropy;
 pub mod irq;
 pub mod pci;
 pub mod serial;

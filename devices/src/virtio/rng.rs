@@ -12,12 +12,12 @@ use super::state::{DeviceState, StateError};
 use super::worker::{Fault, Handler, Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice};
 use crate::counters::{Counter, Counters};
+use crate::entropy;
 
 const QUEUE_SIZE: u16 = 64;
 /// Drivers take what they get and ask again.
 const MAX_REQUEST: usize = 64 << 10;
-/// getrandom(2) is not interrupted and never short up to this.
-const CHUNK: usize = 256;
+const CHUNK: usize = entropy::MAX;
 
 /// A virtio entropy device.
 #[derive(Default)]
@@ -109,26 +109,8 @@ fn fill(mut areas: Areas<'_>) -> io::Result<usize> {
     while !areas.is_empty() {
         let part = areas.take(CHUNK);
         let bytes = &mut chunk[..part.len()];
-        host::random(bytes)?;
+        entropy::random(bytes)?;
         part.copy_from(bytes);
     }
     Ok(len)
-}
-
-mod host {
-    //! getrandom(2).
-    #![allow(unsafe_code)]
-
-    use std::io;
-
-    /// Fills `bytes`, at most [`super::CHUNK`] of them.
-    pub fn random(bytes: &mut [u8]) -> io::Result<()> {
-        // SAFETY: the pointer and length are those of a live mutable slice.
-        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        match usize::try_from(got) {
-            Ok(got) if got == bytes.len() => Ok(()),
-            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Err(_) => Err(io::Error::last_os_error()),
-        }
-    }
 }
