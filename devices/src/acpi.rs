@@ -4,5 +4,7 @@
 //! IOAPIC and local APICs of the hypervisor.
 
 pub mod aml;
+pub mod clock;
+pub mod generation;
 pub mod power;
 pub mod tables;

@@ -5,21 +5,24 @@
 //! \_SB.PCI0       the PCI host bridge: bus 0 and its windows, no native hotplug
 //! \_SB.MBRD       motherboard resources: ECAM and the ACPI ports
 //! \_SB.COM1       the serial port
+//! \_SB.VGEN       the generation id          \_GPE._E02  says that it changed
+//! \_SB.VCLK       the clock page             \_GPE._E03
 //! \_SB.C000…      a processor device each
 //! ```
 //!
-//! ACPI 6.5 §5–7 and §19; PCI Firmware 3.3 §4.5 (`_OSC`).
+//! ACPI 6.5 §5–7 and §19; PCI Firmware 3.3 §4.5 (`_OSC`); for VGEN and VCLK see generation.rs and clock.rs.
 
 use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,
-    Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package, Path, ResourceTemplate, Return, Scope, Store, Uuid,
-    ZERO,
+    Local, Memory32Fixed, Method, Name, NotEqual, Notify, ONE, Or, Package, Path, ResourceTemplate, Return, Scope,
+    Store, Uuid, ZERO,
 };
 
-use super::power::{PORT, PORTS, SLP_TYP_S5};
+use super::clock;
+use super::power::{PORT, PORTS, SLP_TYP_S5, gpe};
 use super::tables::AcpiConfig;
 
 /// Host bridges and their `_OSC` (PCI Firmware 3.3 §4.5.1).
@@ -32,6 +35,9 @@ const OSC_UNKNOWN_UUID: u8 = 1 << 2;
 const OSC_UNKNOWN_REVISION: u8 = 1 << 3;
 const OSC_MASKED: u8 = 1 << 4;
 
+/// The first code that means what the device says it means (ACPI 6.5 §5.6.6).
+const NOTIFY_CHANGED: u8 = 0x80;
+
 /// The DSDT's terms, without a table header.
 pub(crate) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     let mut aml = Vec::new();
@@ -39,6 +45,8 @@ pub(crate) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     host_bridge(config, &mut aml);
     motherboard(config, &mut aml);
     serial(config, &mut aml);
+    generation_id(config, &mut aml);
+    clock_page(config, &mut aml);
     processors(config, &mut aml);
     aml.extend_from_slice(&config.extra_aml);
     aml
@@ -157,6 +165,57 @@ fn serial(config: &AcpiConfig, aml: &mut Vec<u8>) {
         )],
     )
     .to_aml_bytes(aml);
+}
+
+/// A guest's driver knows the device by its `_CID` and asks `ADDR` for the address, low half first. The `_HID` is ours to choose.
+fn generation_id(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    let Some(address) = config.generation_id else {
+        return;
+    };
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "VGEN".into(),
+            vec![
+                &Name::new("_HID".into(), &"CIVC0001"),
+                &Name::new("_CID".into(), &"VM_Gen_Counter"),
+                &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+    notification(gpe::GENERATION_ID, "\\_SB_.VGEN", aml);
+}
+
+fn clock_page(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    let Some(address) = config.clock else {
+        return;
+    };
+    let page = Memory32Fixed::new(false, address as u32, clock::LEN);
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "VCLK".into(),
+            vec![
+                &Name::new("_HID".into(), &"AMZNC10C"),
+                &Name::new("_CID".into(), &"VMCLOCK"),
+                &Name::new("_DDN".into(), &"VMCLOCK"),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&page])),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+    notification(gpe::CLOCK, "\\_SB_.VCLK", aml);
+}
+
+/// The handler of general-purpose event `event`: tells `device` that its state changed.
+fn notification(event: u32, device: &str, aml: &mut Vec<u8>) {
+    let device: Path = device.into();
+    let notify = Notify::new(&device, &NOTIFY_CHANGED);
+    let handler = format!("_E{event:02X}");
+    Scope::new("_GPE".into(), vec![&Method::new(handler.as_str().into(), 0, false, vec![&notify])]).to_aml_bytes(aml);
 }
 
 fn processors(config: &AcpiConfig, aml: &mut Vec<u8>) {

@@ -42,6 +42,16 @@ pub(crate) const GPE0: (u16, u8) = (PORT + 0x20, 8);
 /// General-purpose events there are.
 pub const GPES: u32 = 32;
 
+/// Which general-purpose event is whose. Each is edge-triggered: a handler `_E0x` in `\_GPE` notifies the device.
+pub mod gpe {
+    /// A PCI slot changed.
+    pub const HOTPLUG: u32 = 1;
+    /// The generation id changed.
+    pub const GENERATION_ID: u32 = 2;
+    /// The clock page changed.
+    pub const CLOCK: u32 = 3;
+}
+
 /// First port of the i8042.
 pub const I8042_PORT: u16 = 0x60;
 /// Ports from its data to its command register; those between belong to others in a PC, here to nobody.
@@ -277,4 +287,4 @@ impl BusDevice for I8042Reset {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

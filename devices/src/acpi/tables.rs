@@ -75,7 +75,11 @@ pub struct AcpiConfig {
     pub pci_config_ports: u8,
     /// The serial port's first I/O port and interrupt, where there is one.
     pub com1: Option<(u16, u32)>,
-    /// More AML for the end of the DSDT, which may reopen its scopes (hotplug, VM generation id).
+    /// Where the generation id lies, if the machine has one.
+    pub generation_id: Option<u64>,
+    /// Where the clock page lies, below 4 GiB, if the machine has one.
+    pub clock: Option<u64>,
+    /// More AML for the end of the DSDT, which may reopen its scopes (hotplug).
     pub extra_aml: Vec<u8>,
 }
 
@@ -93,6 +97,8 @@ impl Default for AcpiConfig {
             pci_config_port: 0xcf8,
             pci_config_ports: 8,
             com1: Some((0x3f8, 4)),
+            generation_id: None,
+            clock: None,
             extra_aml: Vec::new(),
         }
     }

@@ -2,7 +2,7 @@ use super::*;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 #[derive(Default)]
-struct Probe {
+pub(in crate::acpi) struct Probe {
     high: AtomicBool,
     power_offs: AtomicU32,
     resets: AtomicU32,
@@ -26,7 +26,7 @@ impl ResetEvents for Probe {
     }
 }
 
-fn machine() -> (Arc<Probe>, PowerManagement) {
+pub(in crate::acpi) fn machine() -> (Arc<Probe>, PowerManagement) {
     let probe = Arc::new(Probe::default());
     (probe.clone(), PowerManagement::new(probe.clone(), probe))
 }

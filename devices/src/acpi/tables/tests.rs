@@ -130,13 +130,17 @@ fn dsdt_follows_the_configuration() {
     for name in [b"_S5_", b"PCI0", b"_OSC", b"MBRD", b"COM1", b"C000"] {
         assert!(contains(&plain, name));
     }
-    assert!(!contains(&plain, b"C001"));
+    for name in [b"C001", b"VGEN", b"VCLK", b"_GPE"] {
+        assert!(!contains(&plain, name));
+    }
     let window = 0x40_0000_0000u64..0x60_0000_0000;
     assert!(!contains(&plain, &window.start.to_le_bytes()));
     let rich = dsdt(&AcpiConfig {
         cpus: 16,
         mmio64: Some(window.clone()),
         com1: None,
+        generation_id: Some(0x12_3456_7000),
+        clock: Some(0xf_f000),
         extra_aml: b"extra".to_vec(),
         ..Default::default()
     });
@@ -144,6 +148,15 @@ fn dsdt_follows_the_configuration() {
     assert!(contains(&rich, &window.start.to_le_bytes()));
     assert!(contains(&rich, &(window.end - 1).to_le_bytes()));
     assert!(!contains(&rich, b"COM1"));
+    // Name (ADDR, Package {0x34567000, 0x12}).
+    assert!(contains(&rich, b"\x08ADDR\x12\x09\x02\x0c\x00\x70\x56\x34\x0a\x12"));
+    // Memory32Fixed (ReadOnly, 0xff000, 0x1000).
+    assert!(contains(&rich, b"\x86\x09\0\0\x00\xf0\x0f\0\0\x10\0\0"));
+    // Method (_E02) { Notify (\_SB.VGEN, 0x80) }, and the like for the clock.
+    for (handler, device) in [(b"_E02", b"VGEN"), (b"_E03", b"VCLK")] {
+        let method = [&handler[..], b"\0\x86\\\x2e_SB_", device, b"\x0a\x80"].concat();
+        assert!(contains(&rich, &method));
+    }
     assert!(rich.ends_with(b"extra"));
 }
 
