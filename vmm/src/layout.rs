@@ -66,7 +66,11 @@ pub const EBDA: Gpa = Gpa(0x9_fc00);
 /// The ACPI tables; the RSDP comes first.
 pub const ACPI_TABLES: Gpa = Gpa(0xe_0000);
 /// Room for the ACPI tables.
-pub const ACPI_TABLES_CAPACITY: u64 = HIMEM.0 - ACPI_TABLES.0;
+pub const ACPI_TABLES_CAPACITY: u64 = GENERATION_PAGE.0 - ACPI_TABLES.0;
+/// A page for the generation id. Behind 0xf0000, where no guest looks for the ROMs of cards.
+pub const GENERATION_PAGE: Gpa = Gpa(0xf_e000);
+/// A page for the clock's disruptions, which a guest maps into its programs.
+pub const CLOCK_PAGE: Gpa = Gpa(0xf_f000);
 /// Where memory beyond the first megabyte begins.
 pub const HIMEM: Gpa = Gpa(MIB);
 
@@ -123,6 +127,8 @@ const _: () = {
     assert!(KVM_TSS.0 + 3 * PAGE_SIZE <= HIGH_RAM_START.0);
     assert!(PAGE_TABLES.0 + 6 * PAGE_SIZE <= CMDLINE.0);
     assert!(CMDLINE.0 + CMDLINE_CAPACITY <= EBDA.0);
+    assert!(ACPI_TABLES.0 < GENERATION_PAGE.0 && GENERATION_PAGE.0 + PAGE_SIZE <= CLOCK_PAGE.0);
+    assert!(CLOCK_PAGE.0 + PAGE_SIZE <= HIMEM.0);
     assert!(HIGH_RAM_START.0 + MAX_MEMORY <= MMIO64.start.0);
     assert!(MMIO64.start.0 + MMIO64.len <= 1 << MMIO64_PHYS_BITS);
 };

@@ -38,6 +38,7 @@ use crate::boot::{BootError, BootParams};
 use crate::cpu::cpuid::{CpuidError, CpuidTemplate};
 use crate::cpu::msr::{self, MsrError};
 use crate::cpu::registers::{self, BootRegisters, RegistersError};
+use crate::identity::Identity;
 use crate::kvm::interrupts::{Interrupts, Messages};
 use crate::kvm::{self, IoEvents, KvmError};
 use crate::layout::{self, Gpa, Layout, LayoutError};
@@ -125,6 +126,7 @@ pub struct Machine {
     plugged: Vec<Plugged>,
     serial: Arc<SerialPort>,
     power: Arc<PowerManagement>,
+    identity: Identity,
     /// Kept here alone: the ways into it do not keep it.
     _root: Arc<PciRoot>,
     _vm: Arc<VmFd>,
@@ -178,6 +180,7 @@ impl Machine {
             plugged.push(Plugged { slot, function });
         }
 
+        let identity = Identity::fresh(&memory.ram, &power).map_err(io_error("the machine's identity"))?;
         let entry = load(config, resources, &layout, &memory, &cpuid)?;
         let boot = BootRegisters::new(&entry);
         boot.write_tables(&memory.ram)?;
@@ -194,7 +197,7 @@ impl Machine {
         };
         let vcpus = Vcpus::spawn(fds, gate, &buses, tell).map_err(io_error("a vCPU thread"))?;
         info!(cpus = config.cpus, memory = config.memory_bytes, "machine built");
-        Ok(Self { vcpus, plugged, serial, power, _root: root, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, plugged, serial, power, identity, _root: root, _vm: vm, _memory: memory })
     }
 
     /// Lets devices and vCPUs run.
@@ -216,6 +219,14 @@ impl Machine {
     /// Presses the power button.
     pub fn press_power_button(&self) {
         self.power.press_power_button();
+    }
+
+    /// Makes it another machine than the one whose saved state it continues; see [`Identity::mark_disruption`].
+    ///
+    /// # Errors
+    /// When the host gives no entropy: then it must not run.
+    pub fn mark_disruption(&self) -> io::Result<()> {
+        self.identity.mark_disruption()
     }
 
     /// The counters of devices and vCPUs, which outlive the machine.
@@ -349,6 +360,8 @@ fn load(
         mmio64: layout.mmio64(cpuid.phys_bits()).map(range),
         pci_config_port: layout::PCI_CONFIG_PORT,
         com1: Some((layout::COM1_PORT, layout::COM1_IRQ)),
+        generation_id: Some(layout::GENERATION_PAGE.0),
+        clock: Some(layout::CLOCK_PAGE.0),
         ..Default::default()
     };
     let base = layout::ACPI_TABLES;

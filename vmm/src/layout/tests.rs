@@ -24,6 +24,11 @@ fn check(memory: u64) {
     }
     let usable: u64 = e820.iter().filter(|e| e.kind == E820Kind::Ram).map(|e| e.len).sum();
     assert_eq!(usable, memory - (HIMEM.0 - EBDA.0));
+    for page in [ACPI_TABLES, GENERATION_PAGE, CLOCK_PAGE] {
+        let holds = |e: &&E820Entry| e.start <= page && page.0 + PAGE_SIZE <= e.start.0 + e.len;
+        assert_eq!(e820.iter().find(holds).map(|e| e.kind), Some(E820Kind::Reserved));
+        assert!(page < layout.low_ram_end(), "it is RAM all the same");
+    }
     for entry in e820.iter().filter(|e| e.kind == E820Kind::Ram) {
         assert!(
             regions.iter().any(|&(start, len, _)| start <= entry.start && entry.start.0 + entry.len <= start.0 + len)
