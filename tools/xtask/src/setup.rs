@@ -7,7 +7,7 @@ use crate::place::Place;
 use crate::{assets, debian};
 
 /// What the project needs of the system, besides Rust.
-const PACKAGES: [&str; 14] = [
+const PACKAGES: [&str; 15] = [
     "mmdebstrap",
     "fakeroot",
     "cpio",
@@ -17,6 +17,7 @@ const PACKAGES: [&str; 14] = [
     "curl",
     "iperf3",
     "pkg-config",
+    "libclang-dev",
     "bzip2",
     "util-linux",
     "ca-certificates",
