@@ -4,16 +4,9 @@
 //! `CAP_SYS_PTRACE` (or `vm.unprivileged_userfaultfd`) and which containers tend to forbid, and `/dev/userfaultfd` (Linux
 //! 6.1), which needs permission on the file. Either will do, so both are tried, and the kernel is asked which features it
 //! has instead of which version it is.
-//!
-//! `userfaultfd(2)`, `ioctl_userfaultfd(2)`, `include/uapi/linux/userfaultfd.h`. The `userfaultfd` crate takes whichever way
-//! it finds first and keeps the feature bits to itself, hence the two ioctls here.
-#![allow(unsafe_code)]
-
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use nix::errno::Errno;
+use crate::uffd::{by_device, by_syscall, handshake};
 
 /// A feature of userfaultfd (`UFFD_FEATURE_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,53 +68,9 @@ impl Support {
 
 /// Tries both ways. Leaves nothing open.
 pub fn probe() -> Support {
-    Support { syscall: by_syscall().and_then(|fd| features(&fd)), device: by_device().and_then(|fd| features(&fd)) }
-}
-
-/// Not `UFFD_USER_MODE_ONLY`: KVM faults in kernel mode.
-const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
-
-const UFFD_API: u64 = 0xaa;
-
-/// `struct uffdio_api`.
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-const _: () = assert!(size_of::<UffdioApi>() == 24);
-
-mod ioctl {
-    #![allow(missing_docs, clippy::undocumented_unsafe_blocks)] // nix's macros write the functions.
-
-    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, super::UffdioApi);
-    nix::ioctl_write_int_bad!(userfaultfd_ioc_new, nix::request_code_none!(0xaa, 0x00));
-}
-
-fn by_syscall() -> io::Result<OwnedFd> {
-    // SAFETY: the call takes its one argument by value and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
-    let fd = Errno::result(fd)?;
-    // SAFETY: the kernel has just returned this descriptor, so it is open and nobody else's; a descriptor fits an i32.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
-}
-
-fn by_device() -> io::Result<OwnedFd> {
-    let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")?;
-    // SAFETY: the descriptor is open for the call's duration; this ioctl takes its argument by value and touches no memory.
-    let fd = unsafe { ioctl::userfaultfd_ioc_new(device.as_raw_fd(), FLAGS) }?;
-    // SAFETY: the kernel has just returned this descriptor, so it is open and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Asks a fresh userfaultfd for all features it has (asking for none gets the whole list).
-fn features(uffd: &OwnedFd) -> io::Result<u64> {
-    let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
-    // SAFETY: the descriptor is open, and `api` is a live `struct uffdio_api` that only this call uses.
-    unsafe { ioctl::uffdio_api(uffd.as_raw_fd(), &mut api) }?;
-    Ok(api.features)
+    // Asked for no feature, a userfaultfd lists all it has.
+    let features = |fd| handshake(&fd, 0);
+    Support { syscall: by_syscall().and_then(features), device: by_device().and_then(features) }
 }
 
 #[cfg(test)]

@@ -1,0 +1,252 @@
+//! Userfaultfd: the kernel asks this process for a page before it lets an access to it through.
+//!
+//! ```text
+//! vCPU, device thread ── touches a page that is not there ──▶ sleeps in the kernel
+//! whoever reads the userfaultfd  ◀── "fault at address" ──┘
+//!                                ── UFFDIO_COPY, UFFDIO_ZEROPAGE ──▶ page is there, sleeper woken
+//! ```
+//!
+//! Invariants:
+//! * A userfaultfd of ours also answers for faults in the kernel (KVM's are), so it is never `UFFD_USER_MODE_ONLY`.
+//! * The thread that answers never touches guest memory through a mapping itself: it would wait for its own answer.
+//! * Closing the descriptor lets every sleeper go on, with a zero page. So whoever closes it first makes sure that this is
+//!   what they may see.
+//!
+//! `userfaultfd(2)`, `ioctl_userfaultfd(2)`, `include/uapi/linux/userfaultfd.h`. The `userfaultfd` crate makes the calls. It
+//! gives up where `/dev/userfaultfd` exists but is not for us, without trying the system call, and keeps the feature bits to
+//! itself: hence the two ioctls here.
+#![allow(unsafe_code)]
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use nix::errno::Errno;
+pub use userfaultfd::FeatureFlags;
+use userfaultfd::{Error, Event, EventBuffer, FaultKind, IoctlFlags, RegisterMode, Uffd};
+
+use crate::ram::{Hva, PAGE, Ram};
+
+/// What went wrong with a userfaultfd.
+#[derive(Debug, thiserror::Error)]
+pub enum UffdError {
+    /// Neither way to one is open.
+    #[error(
+        "this process may not watch page faults (/dev/userfaultfd: {device}; userfaultfd(2): {syscall}): give its user \
+         read and write permission on /dev/userfaultfd, or CAP_SYS_PTRACE"
+    )]
+    Refused {
+        /// What `/dev/userfaultfd` said.
+        device: io::Error,
+        /// What the system call said.
+        syscall: io::Error,
+    },
+    /// The kernel lacks a feature.
+    #[error("this host's kernel lacks features of userfaultfd ({missing:?}): a newer kernel has them")]
+    Lacks {
+        /// Those it lacks.
+        missing: FeatureFlags,
+    },
+    /// The kernel has the feature, but not for this memory.
+    #[error("the memory at {:#x} cannot be filled page by page: only memfds of 4 KiB pages can", address.0)]
+    Unfillable {
+        /// Where it is mapped.
+        address: Hva,
+    },
+    /// A call that has no reason to fail did.
+    #[error("{call} failed")]
+    Call {
+        /// Its name.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel tells of something that was not asked for.
+    #[error("unexpected event on a userfaultfd: {event}")]
+    Unexpected {
+        /// The event, for the log.
+        event: String,
+    },
+}
+
+/// An open userfaultfd. Closed on drop.
+#[derive(Debug)]
+pub struct Userfault(Uffd);
+
+impl Userfault {
+    /// Opens one with `features`, by whichever way is open to this process.
+    pub fn open(features: FeatureFlags) -> Result<Self, UffdError> {
+        let uffd = any_way()?;
+        match handshake(&uffd, features.bits()) {
+            // SAFETY: the descriptor is a userfaultfd, open, and given up here by its only owner.
+            Ok(_) => Ok(Self(unsafe { Uffd::from_raw_fd(uffd.into_raw_fd()) })),
+            // A feature it does not know. A userfaultfd shakes hands only once, so a second one is asked which.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                let known = handshake(&any_way()?, 0).map_err(failed("UFFDIO_API"))?;
+                Err(UffdError::Lacks { missing: features.difference(FeatureFlags::from_bits_retain(known)) })
+            }
+            Err(e) => Err(failed("UFFDIO_API")(e)),
+        }
+    }
+
+    /// From now on a first access to a page of `ram` that is not in the memfd waits for an answer.
+    ///
+    /// The page cache decides, not the mapping's page table: a page that came into the memfd by any way, be it `write(2)` or
+    /// another mapping, is there. And only accesses through these mappings wait.
+    pub(crate) fn register_missing(&self, ram: &Ram) -> Result<(), UffdError> {
+        for (address, len) in ram.mappings() {
+            let can = self.0.register_with_mode(address.0 as _, len as usize, RegisterMode::MISSING);
+            let can = can.map_err(|e| failed("UFFDIO_REGISTER")(io_error(e)))?;
+            if !can.contains(IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE) {
+                return Err(UffdError::Unfillable { address });
+            }
+        }
+        Ok(())
+    }
+
+    /// Accesses to `ram` wait no more, and those that do are let through.
+    pub(crate) fn unregister(&self, ram: &Ram) -> Result<(), UffdError> {
+        for (address, len) in ram.mappings() {
+            let done = self.0.unregister(address.0 as _, len as usize);
+            done.map_err(|e| failed("UFFDIO_UNREGISTER")(io_error(e)))?;
+        }
+        Ok(())
+    }
+
+    /// The pages of `ram` that somebody waits for, by offset in the memfd, as many as `events` has room for. Does not wait.
+    pub(crate) fn faults(&self, ram: &Ram, events: &mut EventBuffer) -> Result<Vec<u64>, UffdError> {
+        let unexpected = |event| UffdError::Unexpected { event };
+        let events = self.0.read_events(events).map_err(|e| failed("reading a userfaultfd")(io_error(e)))?;
+        let offset = |event| match event {
+            Ok(Event::Pagefault { kind: FaultKind::Missing, addr, .. }) => {
+                let offset = ram.offset_of(Hva(addr as u64));
+                offset.ok_or_else(|| unexpected(format!("fault at {addr:p}, outside guest memory")))
+            }
+            event => Err(unexpected(format!("{event:?}"))),
+        };
+        events.map(offset).collect()
+    }
+
+    /// Puts `bytes` (whole pages) at `offset` of `ram`, but for the pages that are there already, and wakes whoever waits
+    /// for any of them.
+    pub(crate) fn copy(&self, ram: &Ram, offset: u64, bytes: &[u8]) -> Result<(), UffdError> {
+        let mut rest = bytes;
+        for (address, len) in ram.spans(offset, bytes.len() as u64) {
+            let (piece, after) = rest.split_at(len as usize);
+            self.copy_mapped(address, piece)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn copy_mapped(&self, mut address: Hva, mut bytes: &[u8]) -> Result<(), UffdError> {
+        while !bytes.is_empty() {
+            // SAFETY: the source is a live slice of this length. The target lies in guest memory, which a `Ram` keeps mapped
+            // and which is only ever accessed as memory that others change; the kernel refuses what is not registered.
+            let copied = unsafe { self.0.copy(bytes.as_ptr().cast(), address.0 as _, bytes.len(), true) };
+            let done = match copied {
+                Ok(copied) => copied,
+                // Up to a page that is there. Linux says -EAGAIN where it copied nothing: the address space was changing.
+                Err(Error::PartiallyCopied(copied)) if copied <= bytes.len() => copied,
+                Err(Error::PartiallyCopied(_)) => 0,
+                Err(Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => {
+                    self.wake(address)?;
+                    PAGE
+                }
+                Err(e) => return Err(failed("UFFDIO_COPY")(io_error(e))),
+            };
+            address.0 += done as u64;
+            bytes = &bytes[done..];
+        }
+        Ok(())
+    }
+
+    /// Puts a zero page at `offset` of `ram` unless there is a page already, and in either case wakes whoever waits for it.
+    pub(crate) fn zero(&self, ram: &Ram, offset: u64) -> Result<(), UffdError> {
+        for (address, len) in ram.spans(offset, PAGE as u64) {
+            // SAFETY: the target lies in guest memory, which a `Ram` keeps mapped and which is only ever accessed as memory
+            // that others change; the kernel refuses what is not registered.
+            match unsafe { self.0.zeropage(address.0 as _, len as usize, true) } {
+                Ok(_) => (),
+                Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => self.wake(address)?,
+                Err(e) => return Err(failed("UFFDIO_ZEROPAGE")(io_error(e))),
+            }
+        }
+        Ok(())
+    }
+
+    /// Wakes whoever waits for the page at `address`, which is there: one that came by another way than a userfaultfd woke nobody.
+    fn wake(&self, address: Hva) -> Result<(), UffdError> {
+        self.0.wake(address.0 as _, PAGE).map_err(|e| failed("UFFDIO_WAKE")(io_error(e)))
+    }
+}
+
+fn failed(call: &'static str) -> impl Fn(io::Error) -> UffdError {
+    move |source| UffdError::Call { call, source }
+}
+
+/// The crate's errors wrap an errno, of another version of nix than ours.
+fn io_error(error: Error) -> io::Error {
+    match error {
+        Error::SystemError(errno) | Error::CopyFailed(errno) | Error::ZeropageFailed(errno) => {
+            io::Error::from_raw_os_error(errno as i32)
+        }
+        other => io::Error::other(other),
+    }
+}
+
+fn any_way() -> Result<OwnedFd, UffdError> {
+    by_device().or_else(|device| by_syscall().map_err(|syscall| UffdError::Refused { device, syscall }))
+}
+
+/// Not `UFFD_USER_MODE_ONLY`: KVM faults in kernel mode.
+const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
+
+const UFFD_API: u64 = 0xaa;
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+const _: () = assert!(size_of::<UffdioApi>() == 24);
+
+mod ioctl {
+    #![allow(missing_docs, clippy::undocumented_unsafe_blocks)] // nix's macros write the functions.
+
+    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, super::UffdioApi);
+    nix::ioctl_write_int_bad!(userfaultfd_ioc_new, nix::request_code_none!(0xaa, 0x00));
+}
+
+/// `userfaultfd(2)`: needs `CAP_SYS_PTRACE` (or `vm.unprivileged_userfaultfd`), and containers tend to forbid it.
+pub(crate) fn by_syscall() -> io::Result<OwnedFd> {
+    // SAFETY: the call takes its one argument by value and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel has just returned this descriptor, so it is open and nobody else's; a descriptor fits an i32.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+}
+
+/// `/dev/userfaultfd` (Linux 6.1): needs permission on the file.
+pub(crate) fn by_device() -> io::Result<OwnedFd> {
+    let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")?;
+    // SAFETY: the descriptor is open for the call's duration; this ioctl takes its argument by value and touches no memory.
+    let fd = unsafe { ioctl::userfaultfd_ioc_new(device.as_raw_fd(), FLAGS) }?;
+    // SAFETY: the kernel has just returned this descriptor, so it is open and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Asks a fresh userfaultfd for `features`, and returns all that it has. Works once on each.
+pub(crate) fn handshake(uffd: &OwnedFd, features: u64) -> io::Result<u64> {
+    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
+    // SAFETY: the descriptor is open, and `api` is a live `struct uffdio_api` that only this call uses.
+    unsafe { ioctl::uffdio_api(uffd.as_raw_fd(), &mut api) }?;
+    Ok(api.features)
+}
+
+#[cfg(test)]
+mod tests;
