@@ -18,6 +18,7 @@
 mod areas;
 pub mod block;
 pub mod console;
+mod held;
 pub mod net;
 pub mod pci;
 pub mod rate;

@@ -23,7 +23,7 @@ use civic_devices::counters::Counters;
 use civic_devices::pci::Slot;
 use civic_devices::pci::root::{ConfigPorts, ECAM_LEN, Ecam, PORTS, PORTS_LEN, PciRoot, SlotError};
 use civic_devices::serial::{SERIAL_PORTS, SerialPort};
-use civic_devices::virtio::block::Block;
+use civic_devices::virtio::block::{Block, BlockOptions};
 use civic_devices::virtio::console::Console;
 use civic_devices::virtio::net::{Mac, Net};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
@@ -328,7 +328,7 @@ type Named = (String, Box<dyn VirtioDevice>);
 fn virtio_devices(config: &VmConfig, resources: &Resources) -> Result<Vec<Named>, BuildError> {
     let mut devices: Vec<Named> = Vec::new();
     for (disk, opened) in config.disks.iter().zip(&resources.disks) {
-        devices.push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened)))));
+        devices.push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened), BlockOptions::default()))));
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
         let derived = || Mac::derived(&format!("{}/{}", config.name, net.id));

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use civic_api::{CONSOLE_PORT_SERIAL, VmConfig};
 use civic_devices::console_hub::ConsoleHub;
 use civic_devices::tap::{Tap, TapError};
-use civic_devices::virtio::block::{Disk, DiskError};
+use civic_devices::virtio::block::{Disk, DiskError, DiskOptions};
 
 use crate::boot::{BootError, Kernel};
 
@@ -96,7 +96,8 @@ impl Resources {
         let initrd = config.initrd.as_ref().map(open_initrd).transpose()?;
         let mut disks = Vec::new();
         for disk in &config.disks {
-            let opened = Disk::open(&disk.path, disk.read_only).map_err(|source| ResourceError::Disk {
+            let options = DiskOptions { read_only: disk.read_only };
+            let opened = Disk::open(&disk.path, options).map_err(|source| ResourceError::Disk {
                 id: disk.id.clone(),
                 path: disk.path.clone(),
                 source,

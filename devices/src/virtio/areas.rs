@@ -1,4 +1,5 @@
-//! Scattered guest memory as one run of bytes: copies to and from it, and vectored system calls straight on it.
+//! Scattered guest memory as one run of bytes: copies to and from it, and vectored system calls straight on it. What a system
+//! call needs after the borrow ends is in [`held`](super::held).
 //!
 //! The guest may write to these bytes at any time, so no Rust reference to them ever exists: copies are volatile, and the
 //! system calls get raw pointers.
@@ -8,7 +9,6 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
-use vm_memory::bitmap::Bitmap;
 
 /// What one vectored system call takes (UIO_MAXIOV).
 const MAX_PARTS: usize = 1024;
@@ -80,49 +80,9 @@ impl<'a> Areas<'a> {
         done
     }
 
-    /// Fills the areas from `fd` at `offset`.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` when the file ends first; what preadv(2) says otherwise. Part of the areas may have been written.
-    pub fn read_at(mut self, fd: BorrowedFd<'_>, mut offset: u64) -> io::Result<()> {
-        while !self.is_empty() {
-            let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-            let parts = self.iovecs();
-            // SAFETY: the iovecs point to guest memory that is mapped for writing and outlives `self`; it is shared, so
-            // that no reference to it exists. Their count fits an int.
-            let got = unsafe { libc::preadv(fd.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
-            match usize::try_from(got) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(got) => {
-                    self.take(got).mark_dirty();
-                    offset += got as u64;
-                }
-                Err(_) => retry_interrupted()?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the areas to `fd` at `offset`.
-    ///
-    /// # Errors
-    /// What pwritev(2) says; part may have been written.
-    pub fn write_at(mut self, fd: BorrowedFd<'_>, mut offset: u64) -> io::Result<()> {
-        while !self.is_empty() {
-            let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-            let parts = self.iovecs();
-            // SAFETY: as in `read_at`; the memory is only read.
-            let put = unsafe { libc::pwritev(fd.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int, at) };
-            match usize::try_from(put) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(put) => {
-                    self.take(put);
-                    offset += put as u64;
-                }
-                Err(_) => retry_interrupted()?,
-            }
-        }
-        Ok(())
+    /// The areas.
+    pub fn parts(&self) -> &[VolatileSlice<'a>] {
+        &self.parts
     }
 
     /// Writes the areas to `fd` as one message (a frame of a tap); returns what writev(2) took of it.
@@ -135,7 +95,8 @@ impl<'a> Areas<'a> {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         loop {
-            // SAFETY: as in `write_at`.
+            // SAFETY: the iovecs point to guest memory that is mapped and outlives `self`; it is only read. Their count fits
+            // an int.
             let put = unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
             match usize::try_from(put) {
                 Ok(put) => return Ok(put),
@@ -148,13 +109,6 @@ impl<'a> Areas<'a> {
     fn iovecs(&self) -> Vec<libc::iovec> {
         let parts = self.parts.iter().take(MAX_PARTS);
         parts.map(|part| libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() }).collect()
-    }
-
-    /// Tells the memory's dirty bitmap, where there is one, that a system call wrote the areas.
-    fn mark_dirty(&self) {
-        for part in &self.parts {
-            part.bitmap().mark_dirty(0, part.len());
-        }
     }
 }
 
@@ -169,7 +123,6 @@ fn retry_interrupted() -> io::Result<()> {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
-    use std::os::unix::fs::FileExt;
     use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     fn areas<'a>(ram: &'a GuestMemoryMmap, parts: &[(u64, usize)]) -> Areas<'a> {
@@ -197,19 +150,11 @@ mod tests {
     }
 
     #[test]
-    fn positional_io_fills_exactly_or_fails() {
+    fn a_message_of_too_many_parts_is_refused() {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let file = tempfile::tempfile().unwrap();
-        file.write_all_at(&[7; 5000], 100).unwrap();
         let many: Vec<_> = (0..2500).map(|i| (i * 2, 1)).collect();
-        areas(&ram, &many).read_at(file.as_fd(), 100).unwrap();
-        let mut bytes = vec![0; 2500];
-        areas(&ram, &many).copy_to(&mut bytes);
-        assert_eq!(bytes, vec![7; 2500]);
-        let short = areas(&ram, &[(0, 5000)]).read_at(file.as_fd(), 101);
-        assert_eq!(short.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-        areas(&ram, &many).write_at(file.as_fd(), 10_000).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 12_500);
         assert!(areas(&ram, &many).send(file.as_fd()).is_err());
+        assert_eq!(areas(&ram, &many[..1000]).send(file.as_fd()).unwrap(), 1000);
     }
 }

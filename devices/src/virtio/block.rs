@@ -1,80 +1,134 @@
 //! The block device (virtio 1.2 §5.2): a raw image file or a host block device as a disk of 512-byte sectors.
 //!
-//! Requests are served in order on the worker, by positional system calls straight on guest memory. What the host's
-//! storage says (EIO, ENOSPC, an image that was cut short) becomes VIRTIO_BLK_S_IOERR; the machine lives on.
+//! Each queue has a worker of its own ([`queue`]) with an io_uring: many requests in flight, straight on guest memory, answered
+//! in the order in which they are done. What the host's storage says (EIO, ENOSPC, an image that was cut short) becomes
+//! VIRTIO_BLK_S_IOERR; the machine lives on.
 //!
-//! Durability: a driver that negotiated FLUSH decides when data must be on the disk; for one that did not, every write
-//! is on the disk before it is answered (§5.2.5.2).
+//! Durability (§5.2.6.2): a driver that negotiated FLUSH decides when data must be on the disk, unless it switched the cache to
+//! write-through; for one that did not, every write is on the disk before it is answered. A flush covers what was answered
+//! before it was asked for.
 
+mod counters;
 mod disk;
+mod engine;
+mod flight;
+mod job;
+mod queue;
+mod request;
 #[cfg(test)]
 mod tests;
+mod uring;
 
-use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use tracing::warn;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
-pub use disk::{Disk, DiskError, SECTOR};
+pub use disk::{Disk, DiskError, DiskOptions, SECTOR};
 
-use super::areas::Areas;
-use super::ring::{Chain, RING_FEATURES, Ring, Served};
+use self::counters::BlockCounters;
+use self::engine::Engine;
+use self::queue::{BlockQueue, Shared};
+use self::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use super::ring::{RING_FEATURES, Ring};
 use super::state::{BlockStateV1, DeviceState, StateError};
-use super::worker::{Fault, Handler, Worker, Workers};
+use super::worker::{Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, OncePerReset, VirtioDevice, read_config_bytes};
-use crate::counters::{Counter, Counters};
+use crate::counters::Counters;
+
+/// The most queues that a device may have.
+pub const MAX_QUEUES: u16 = 64;
 
 const QUEUE_SIZE: u16 = 256;
 /// A request is a header, data and a status: two descriptors are not data.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Type, reserved and sector.
-const HEADER: usize = 16;
 const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Page-cache pages behind 512-byte sectors: 2^3 logical blocks in a physical one.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
+/// Where the configuration space says, and is told, whether writes may stay in the host's cache.
+const WRITEBACK: usize = 32;
+
+/// What a device is like beside its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockOptions {
+    /// Queues, each with a thread of its own: from 1 to [`MAX_QUEUES`]. More than the guest has vCPUs are of no use.
+    pub queues: u16,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self { queues: 1 }
+    }
+}
 
 /// A virtio block device.
 pub struct Block {
     name: String,
     disk: Arc<Disk>,
     id: [u8; ID_LEN],
+    queue_sizes: Vec<u16>,
+    /// The configuration field of that name.
+    writeback: Arc<AtomicBool>,
     counters: Arc<BlockCounters>,
+    engine: fn(u16) -> Engine,
 }
 
 impl Block {
     /// A device called `id` over `disk`. The guest reads `id` as the disk's serial number, cut to 20 bytes.
-    pub fn new(id: &str, disk: Arc<Disk>) -> Self {
+    pub fn new(id: &str, disk: Arc<Disk>, options: BlockOptions) -> Self {
         let mut serial = [0; ID_LEN];
         let len = id.len().min(ID_LEN);
         serial[..len].copy_from_slice(&id.as_bytes()[..len]);
-        Self { name: format!("blk:{id}"), disk, id: serial, counters: Arc::default() }
+        Self {
+            name: format!("blk:{id}"),
+            disk,
+            id: serial,
+            queue_sizes: vec![QUEUE_SIZE; options.queues.clamp(1, MAX_QUEUES).into()],
+            writeback: Arc::new(AtomicBool::new(true)),
+            counters: Arc::default(),
+            engine: Engine::new,
+        }
     }
 
-    fn handler(&self, ring: Ring, features: u64) -> BlockHandler {
-        let server = Server {
+    fn shared(&self, features: u64) -> Shared {
+        let has = |feature: u32| features & 1 << feature != 0;
+        let write_back = match (has(VIRTIO_BLK_F_FLUSH), has(VIRTIO_BLK_F_CONFIG_WCE)) {
+            (true, true) => Arc::clone(&self.writeback),
+            (flush, _) => Arc::new(AtomicBool::new(flush)),
+        };
+        Shared {
             name: self.name.clone(),
             disk: Arc::clone(&self.disk),
             id: self.id,
-            write_through: features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            features,
+            write_back,
             counters: Arc::clone(&self.counters),
             complained: OncePerReset::default(),
-        };
-        BlockHandler { ring, server }
+        }
     }
 
-    /// §5.2.4, up to and with the topology.
-    fn config(&self) -> [u8; 32] {
-        let mut config = [0; 32];
-        config[0..8].copy_from_slice(&(self.disk.len() / SECTOR).to_le_bytes());
-        config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
-        config[24] = PHYSICAL_BLOCK_EXP;
-        config[26..28].copy_from_slice(&(1u16 << PHYSICAL_BLOCK_EXP).to_le_bytes());
+    /// §5.2.4, up to and with the fields of WRITE_ZEROES.
+    fn config(&self) -> [u8; 60] {
+        let mut config = [0; 60];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &(self.disk.len() / SECTOR).to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        put(24, &[PHYSICAL_BLOCK_EXP]);
+        put(26, &(1u16 << PHYSICAL_BLOCK_EXP).to_le_bytes());
+        put(WRITEBACK, &[self.writeback.load(Ordering::Relaxed).into()]);
+        put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
+        if !self.disk.read_only() {
+            put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
+            put(40, &MAX_SEGMENTS.to_le_bytes());
+            put(44, &(1u32 << PHYSICAL_BLOCK_EXP).to_le_bytes());
+            put(48, &MAX_SEGMENT_SECTORS.to_le_bytes());
+            put(52, &MAX_SEGMENTS.to_le_bytes());
+            put(56, &[1]);
+        }
         config
     }
 }
@@ -85,202 +139,91 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.disk.read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
+        let kind = match self.disk.read_only() {
+            true => 1 << VIRTIO_BLK_F_RO,
+            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        };
+        let queues = if self.queue_sizes.len() > 1 { 1 << VIRTIO_BLK_F_MQ } else { 0 };
         RING_FEATURES
-            | read_only
+            | kind
+            | queues
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
             | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_CONFIG_WCE
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config(), offset, data);
     }
 
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // The one field that is the driver's. It holds for requests that are taken from now on.
+        if let (WRITEBACK, &[value]) = (offset as usize, data) {
+            self.writeback.store(value != 0, Ordering::Relaxed);
+        }
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
-        let (ring, kick) = Ring::take(&mut activation, 0)?;
-        let handler = self.handler(ring, activation.features);
-        let worker = Worker::spawn(&self.name, vec![kick], handler, &activation);
-        Ok(worker.map_err(ActivateError::Worker)?.into())
+        let shared = Arc::new(self.shared(activation.features));
+        if !activation.paused && !shared.write_back.load(Ordering::Relaxed) {
+            // §5.2.5.1: so it must read when CONFIG_WCE was negotiated without FLUSH.
+            self.writeback.store(false, Ordering::Relaxed);
+        }
+        let indices: Vec<u16> = activation.queues.iter().map(|queue| queue.index).collect();
+        if indices.is_empty() {
+            return Err(ActivateError::MissingQueue(0));
+        }
+        let mut workers = Vec::new();
+        for index in indices {
+            let (ring, kick) = Ring::take(&mut activation, index)?;
+            let handler = BlockQueue::new(ring, Arc::clone(&shared), (self.engine)(QUEUE_SIZE));
+            let name = if index == 0 { self.name.clone() } else { format!("{}.{index}", self.name) };
+            let worker = Worker::spawn(&name, vec![kick], handler, &activation);
+            workers.push(worker.map_err(ActivateError::Worker)?);
+        }
+        Ok(Workers::new(workers))
+    }
+
+    fn reset(&mut self) {
+        self.writeback.store(true, Ordering::Relaxed);
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Block(BlockStateV1 { bytes: self.disk.len(), serial: self.id })
+        DeviceState::Block(BlockStateV1 {
+            bytes: self.disk.len(),
+            serial: self.id,
+            queues: self.queue_sizes.len() as u16,
+            writeback: self.writeback.load(Ordering::Relaxed),
+        })
     }
 
     fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
-        let DeviceState::Block(BlockStateV1 { bytes, serial }) = state else {
+        let DeviceState::Block(BlockStateV1 { bytes, serial, queues, writeback }) = state else {
             return Err(StateError::WrongDevice("block device"));
         };
         let name = |serial: [u8; ID_LEN]| String::from_utf8_lossy(&serial).trim_end_matches('\0').to_owned();
+        let differs = |what, saved, now| Err(StateError::Differs { what, saved, now });
         if serial != self.id {
-            return Err(StateError::Differs {
-                what: "the disk's serial number",
-                saved: name(serial),
-                now: name(self.id),
-            });
+            return differs("the disk's serial number", name(serial), name(self.id));
         }
         if bytes != self.disk.len() {
-            let (saved, now) = (format!("{bytes} bytes"), format!("{} bytes", self.disk.len()));
-            return Err(StateError::Differs { what: "the disk's size", saved, now });
+            return differs("the disk's size", format!("{bytes} bytes"), format!("{} bytes", self.disk.len()));
         }
+        let now = self.queue_sizes.len();
+        if usize::from(queues) != now {
+            return differs("the disk's number of queues", queues.to_string(), now.to_string());
+        }
+        self.writeback.store(writeback, Ordering::Relaxed);
         Ok(())
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
         Arc::clone(&self.counters) as _
-    }
-}
-
-#[derive(Default)]
-struct BlockCounters {
-    reads: Counter,
-    writes: Counter,
-    flushes: Counter,
-    read_bytes: Counter,
-    written_bytes: Counter,
-    errors: Counter,
-}
-
-impl Counters for BlockCounters {
-    fn read(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("reads", self.reads.get()),
-            ("writes", self.writes.get()),
-            ("flushes", self.flushes.get()),
-            ("read_bytes", self.read_bytes.get()),
-            ("written_bytes", self.written_bytes.get()),
-            ("errors", self.errors.get()),
-        ]
-    }
-}
-
-struct BlockHandler {
-    ring: Ring,
-    server: Server,
-}
-
-impl Handler for BlockHandler {
-    fn kicked(&mut self, _position: usize) -> Result<(), Fault> {
-        let Self { ring, server } = self;
-        ring.serve(|chain| server.serve(chain).map(Served::Used))
-    }
-
-    fn rings(&self) -> Vec<&Ring> {
-        vec![&self.ring]
-    }
-}
-
-/// Why a request failed.
-enum Failure {
-    /// The driver asked for what the device did not offer.
-    Unsupported,
-    /// The driver asked for what it must not: outside the disk, a write to a read-only one, a torn sector.
-    Refused,
-    /// The host's storage failed.
-    Io(io::Error),
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-/// Answers requests; knows nothing of rings.
-struct Server {
-    name: String,
-    disk: Arc<Disk>,
-    id: [u8; ID_LEN],
-    write_through: bool,
-    counters: Arc<BlockCounters>,
-    complained: OncePerReset,
-}
-
-impl Server {
-    /// Answers one request; returns how many bytes were written from the writable part's start.
-    fn serve(&mut self, mut chain: Chain<'_>) -> Result<u32, Fault> {
-        let room = chain.writable.len();
-        let Some(data_room) = room.checked_sub(1) else {
-            return Err(Fault(format!("block request {} has no status byte", chain.head)));
-        };
-        let answer = chain.writable.take(data_room);
-        let (status, filled) = match self.execute(chain.readable, answer) {
-            Ok(filled) => (VIRTIO_BLK_S_OK, filled),
-            Err(failure) => (self.blame(failure), 0),
-        };
-        chain.writable.copy_from(&[status as u8]);
-        // §2.7.8.2: `len` bytes from the start were written. The status counts when no gap lies before it.
-        Ok(if filled == data_room { room } else { filled } as u32)
-    }
-
-    /// The status for a failure, after counting it and, the first time since the reset, logging the host's ones.
-    fn blame(&self, failure: Failure) -> u32 {
-        self.counters.errors.add(1);
-        match failure {
-            Failure::Unsupported => VIRTIO_BLK_S_UNSUPP,
-            Failure::Refused => VIRTIO_BLK_S_IOERR,
-            Failure::Io(error) => {
-                if self.complained.first() {
-                    warn!(device = %self.name, "{error}: the guest gets an I/O error");
-                }
-                VIRTIO_BLK_S_IOERR
-            }
-        }
-    }
-
-    /// Does what `request` says; returns how much of `answer` was filled.
-    fn execute(&self, mut request: Areas<'_>, answer: Areas<'_>) -> Result<usize, Failure> {
-        let mut header = [0; HEADER];
-        if request.take(HEADER).copy_to(&mut header) < HEADER {
-            return Err(Failure::Refused);
-        }
-        let kind = u32::from_le_bytes(header[0..4].try_into().unwrap_or_default());
-        let sector = u64::from_le_bytes(header[8..16].try_into().unwrap_or_default());
-        let counters = &self.counters;
-        match kind {
-            VIRTIO_BLK_T_IN => {
-                let len = answer.len();
-                let offset = self.position(sector, len)?;
-                self.disk.read_at(answer, offset)?;
-                counters.reads.add(1);
-                counters.read_bytes.add(len as u64);
-                Ok(len)
-            }
-            VIRTIO_BLK_T_OUT => {
-                let len = request.len();
-                let offset = self.position(sector, len)?;
-                if self.disk.read_only() {
-                    return Err(Failure::Refused);
-                }
-                self.disk.write_at(request, offset)?;
-                if self.write_through {
-                    self.disk.flush()?;
-                }
-                counters.writes.add(1);
-                counters.written_bytes.add(len as u64);
-                Ok(0)
-            }
-            VIRTIO_BLK_T_FLUSH => {
-                self.disk.flush()?;
-                counters.flushes.add(1);
-                Ok(0)
-            }
-            VIRTIO_BLK_T_GET_ID => Ok(answer.copy_from(&self.id)),
-            _ => Err(Failure::Unsupported),
-        }
-    }
-
-    /// The byte offset of `sector` if `len` bytes from there are whole sectors of the disk.
-    fn position(&self, sector: u64, len: usize) -> Result<u64, Failure> {
-        let offset = sector.checked_mul(SECTOR).ok_or(Failure::Refused)?;
-        let end = offset.checked_add(len as u64).ok_or(Failure::Refused)?;
-        let whole = (len as u64).is_multiple_of(SECTOR);
-        if whole && end <= self.disk.len() { Ok(offset) } else { Err(Failure::Refused) }
     }
 }

@@ -101,6 +101,10 @@ pub struct BlockStateV1 {
     pub bytes: u64,
     /// Serial number.
     pub serial: [u8; 20],
+    /// How many queues it offers.
+    pub queues: u16,
+    /// Whether the driver left the cache in write-back mode.
+    pub writeback: bool,
 }
 
 /// A network card.

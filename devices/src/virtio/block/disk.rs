@@ -2,14 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-
-use crate::virtio::areas::Areas;
 
 /// A sector in bytes: the unit of a disk's size and of requests.
 pub const SECTOR: u64 = 512;
@@ -60,13 +58,20 @@ pub enum DiskError {
     },
 }
 
+/// How to open a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// Only to be read.
+    pub read_only: bool,
+}
+
 /// An open disk. Locked as long as it lives: writable ones exclusively, read-only ones against writers.
 ///
 /// The lock is an open-file-description lock on the whole file (fcntl(2)): it follows the descriptor to whoever gets it
 /// and also conflicts with those of QEMU.
 #[derive(Debug)]
 pub struct Disk {
-    file: File,
+    file: Arc<File>,
     len: u64,
     read_only: bool,
 }
@@ -76,13 +81,14 @@ impl Disk {
     ///
     /// # Errors
     /// Each way in which `path` is unfit has its own variant.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
+    pub fn open(path: &Path, options: DiskOptions) -> Result<Self, DiskError> {
+        let DiskOptions { read_only } = options;
         let name = || path.to_owned();
         let io = |source| DiskError::Io { path: name(), source };
-        let mut options = OpenOptions::new();
+        let mut how = OpenOptions::new();
         // O_NONBLOCK: a pipe would otherwise wait for its other end.
-        options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
-        let mut file = options.open(path).map_err(|source| match source.kind() {
+        how.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+        let mut file = how.open(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => DiskError::Missing(name()),
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
                 DiskError::Permission { path: name(), read_only }
@@ -107,7 +113,7 @@ impl Disk {
         if len == 0 || len % SECTOR != 0 {
             return Err(DiskError::Size { path: name(), size: len });
         }
-        Ok(Self { file, len, read_only })
+        Ok(Self { file: Arc::new(file), len, read_only })
     }
 
     /// Its size in bytes: a multiple of [`SECTOR`].
@@ -121,25 +127,15 @@ impl Disk {
         self.read_only
     }
 
-    /// Fills `areas` from byte `offset`; an error, not garbage, where the image was cut short meanwhile.
-    pub(super) fn read_at(&self, areas: Areas<'_>, offset: u64) -> io::Result<()> {
-        areas.read_at(self.file.as_fd(), offset)
-    }
-
-    /// Writes `areas` from byte `offset`.
-    pub(super) fn write_at(&self, areas: Areas<'_>, offset: u64) -> io::Result<()> {
-        areas.write_at(self.file.as_fd(), offset)
-    }
-
-    /// Returns when everything written is on the disk.
-    pub(super) fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
+    /// The file or block device that holds its bytes.
+    pub(super) fn file(&self) -> &Arc<File> {
+        &self.file
     }
 
     /// A disk that claims to be `len` bytes long, for tests of storage that fails.
     #[cfg(test)]
     pub(super) fn claiming(file: File, len: u64) -> Self {
-        Self { file, len, read_only: false }
+        Self { file: Arc::new(file), len, read_only: false }
     }
 }
 

@@ -1,18 +1,32 @@
+mod load;
+mod trim;
+
 use std::fs::File;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+};
 
 use super::*;
 use crate::virtio::QueuePosition;
 use crate::virtio::testing::{
     Attached, Driver, DriverQueue, INDIRECT, NEXT, Offered, Part, WRITE, count, numbered_image, until,
 };
+use crate::virtio::worker::Handler;
 
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+
+fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
+    Disk::open(path, DiskOptions { read_only })
+}
 
 fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut header = [0; 16];
@@ -28,14 +42,14 @@ struct Setup {
 
 impl Setup {
     fn new(disk: Disk, features: u64) -> Self {
-        let mut block = Attached::new(Block::new("root", Arc::new(disk)));
+        let mut block = Attached::new(Block::new("root", Arc::new(disk), BlockOptions::default()));
         let mut driver = Driver::new(&[QUEUE_SIZE]);
         block.activate(driver.activation(features)).unwrap();
         Self { block, driver }
     }
 
     fn on(image: &tempfile::NamedTempFile) -> Self {
-        Self::new(Disk::open(image.path(), false).unwrap(), 1 << VIRTIO_BLK_F_FLUSH)
+        Self::new(open(image.path(), false).unwrap(), 1 << VIRTIO_BLK_F_FLUSH)
     }
 
     /// Sends one request; returns its status, used length and parts.
@@ -117,7 +131,7 @@ fn tells_its_serial_number() {
     assert_eq!(setup.driver.queues[0].bytes(offered.parts[1]), *b"root\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(setup.request(&[Part::Say(&id), Part::Room(30), Part::Room(1)]).1, 20);
     assert_eq!(
-        Block::new("a-name-longer-than-twenty-bytes", Arc::clone(&setup.block.disk)).id,
+        Block::new("a-name-longer-than-twenty-bytes", Arc::clone(&setup.block.disk), BlockOptions::default()).id,
         *b"a-name-longer-than-t"
     );
 }
@@ -153,7 +167,7 @@ fn refuses_what_is_outside_or_torn_or_unknown() {
 #[test]
 fn a_read_only_disk_says_so_and_is_not_written() {
     let image = numbered_image(8);
-    let disk = Disk::open(image.path(), true).unwrap();
+    let disk = open(image.path(), true).unwrap();
     let mut setup = Setup::new(disk, 1 << VIRTIO_BLK_F_FLUSH);
     assert_ne!(setup.block.features() & 1 << VIRTIO_BLK_F_RO, 0);
     assert_eq!(setup.status(&[Part::Say(&header(VIRTIO_BLK_T_OUT, 0)), Part::Say(&[7; 512]), Part::Room(1)]), IOERR);
@@ -181,7 +195,7 @@ fn what_the_host_cannot_do_is_an_io_error() {
 #[test]
 fn event_indices_save_interrupts_and_kicks() {
     let image = numbered_image(8);
-    let mut setup = Setup::new(Disk::open(image.path(), false).unwrap(), RING_FEATURES | 1 << VIRTIO_BLK_F_FLUSH);
+    let mut setup = Setup::new(open(image.path(), false).unwrap(), RING_FEATURES | 1 << VIRTIO_BLK_F_FLUSH);
     let flush = header(VIRTIO_BLK_T_FLUSH, 0);
     let queue = &mut setup.driver.queues[0];
     queue.interrupt_after(7);
@@ -210,7 +224,7 @@ fn event_indices_save_interrupts_and_kicks() {
 #[test]
 fn more_requests_than_a_turn_are_all_served() {
     let image = numbered_image(8);
-    let mut setup = Setup::new(Disk::open(image.path(), true).unwrap(), RING_FEATURES);
+    let mut setup = Setup::new(open(image.path(), true).unwrap(), RING_FEATURES);
     let flush = header(VIRTIO_BLK_T_FLUSH, 0);
     let queue = &mut setup.driver.queues[0];
     let (mut sent, mut done) = (0, 0);
@@ -311,16 +325,17 @@ proptest! {
         table in prop::collection::vec(descriptor(), 16),
         // Also where indirect tables point to.
         inner in prop::collection::vec(descriptor(), 64),
-        kinds in prop::collection::vec(0_u32..12, 64),
+        kinds in prop::collection::vec(0_u32..16, 64),
         heads in prop::collection::vec(0_u16..17, 1..16),
         index in prop_oneof![8 => Just(None), 1 => any::<u16>().prop_map(Some)],
     ) {
         let file = numbered_image(64);
         let mut driver = Driver::new(&[16]);
         let mut activation = driver.activation(RING_FEATURES);
-        let mut block = Block::new("fuzz", Arc::new(Disk::open(file.path(), false).unwrap()));
+        let mut block = Block::new("fuzz", Arc::new(open(file.path(), false).unwrap()), BlockOptions::default());
         let (ring, _) = Ring::take(&mut activation, 0).unwrap();
-        let mut handler = block.handler(ring, RING_FEATURES);
+        let shared = Arc::new(block.shared(RING_FEATURES));
+        let mut handler = BlockQueue::new(ring, shared, Engine::new(QUEUE_SIZE));
         let queue = &mut driver.queues[0];
         for (i, kind) in kinds.iter().enumerate() {
             let at = vm_memory::GuestAddress(0x10_0000 + 512 * i as u64);
@@ -349,31 +364,31 @@ proptest! {
 fn unfit_paths_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
-    assert!(matches!(Disk::open(&path, false), Err(DiskError::Missing(_))));
-    assert!(matches!(Disk::open(dir.path(), false), Err(DiskError::Directory(_))));
-    assert!(matches!(Disk::open(dir.path(), true), Err(DiskError::Directory(_))));
-    assert!(matches!(Disk::open("/dev/null".as_ref(), false), Err(DiskError::NotADisk(_))));
+    assert!(matches!(open(&path, false), Err(DiskError::Missing(_))));
+    assert!(matches!(open(dir.path(), false), Err(DiskError::Directory(_))));
+    assert!(matches!(open(dir.path(), true), Err(DiskError::Directory(_))));
+    assert!(matches!(open("/dev/null".as_ref(), false), Err(DiskError::NotADisk(_))));
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    assert!(matches!(Disk::open(&path, true), Err(DiskError::NotADisk(_))));
+    assert!(matches!(open(&path, true), Err(DiskError::NotADisk(_))));
     std::fs::remove_file(&path).unwrap();
     for size in [0, 511, 513] {
         File::create(&path).unwrap().set_len(size).unwrap();
-        let refused = Disk::open(&path, false).unwrap_err();
+        let refused = open(&path, false).unwrap_err();
         assert!(matches!(refused, DiskError::Size { size: s, .. } if s == size), "{refused}");
         assert!(refused.to_string().contains(&format!("is {size} bytes long")));
     }
     File::create(&path).unwrap().set_len(512).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap();
-    assert_eq!(Disk::open(&path, true).unwrap().len(), 512);
+    assert_eq!(open(&path, true).unwrap().len(), 512);
     if !nix::unistd::geteuid().is_root() {
-        assert!(matches!(Disk::open(&path, false), Err(DiskError::Permission { read_only: false, .. })));
+        assert!(matches!(open(&path, false), Err(DiskError::Permission { read_only: false, .. })));
     }
 }
 
 #[test]
 fn a_writable_disk_has_one_user() {
     let image = numbered_image(1);
-    let open = |read_only| Disk::open(image.path(), read_only);
+    let open = |read_only| open(image.path(), read_only);
     let writer = open(false).unwrap();
     assert!(matches!(open(false), Err(DiskError::Locked { .. })));
     assert!(matches!(open(true), Err(DiskError::Locked { .. })));
@@ -387,13 +402,16 @@ fn a_writable_disk_has_one_user() {
 #[test]
 fn describes_itself() {
     let image = numbered_image(20);
-    let block = Block::new("root", Arc::new(Disk::open(image.path(), false).unwrap()));
-    let mut config = [0xff; 40];
+    let block = Block::new("root", Arc::new(open(image.path(), false).unwrap()), BlockOptions::default());
+    let mut config = [0xff; 64];
     block.read_config(0, &mut config);
     assert_eq!(config[..8], 20_u64.to_le_bytes());
     assert_eq!(config[12..16], 254_u32.to_le_bytes());
     assert_eq!(config[20..24], 512_u32.to_le_bytes());
     assert_eq!(config[24..28], [3, 0, 8, 0]);
-    assert_eq!(config[32..], [0; 8]);
+    // Write-back, one queue; 64 MiB in 16 segments to discard or zero, 4 KiB at a time, which may unmap.
+    assert_eq!(config[28..36], [0, 0, 0, 0, 1, 0, 1, 0]);
+    assert_eq!(config[36..48], [0, 0, 2, 0, 16, 0, 0, 0, 8, 0, 0, 0]);
+    assert_eq!(config[48..], [0, 0, 2, 0, 16, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(block.features() & 1 << VIRTIO_BLK_F_RO, 0);
 }
