@@ -27,6 +27,12 @@ impl<'a> Areas<'a> {
         self.parts.push(part);
     }
 
+    /// Appends all of `other`.
+    pub fn append(&mut self, other: Areas<'a>) {
+        self.len += other.len;
+        self.parts.extend(other.parts);
+    }
+
     /// The sum of the areas' lengths in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -105,11 +111,62 @@ impl<'a> Areas<'a> {
         }
     }
 
+    /// Sends to the stream socket `fd` as much as it takes at once; returns how much that was. A peer that is gone is an
+    /// error and no signal.
+    ///
+    /// # Errors
+    /// What sendmsg(2) says.
+    pub fn send_stream(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut parts = self.iovecs();
+        let message = message(&mut parts);
+        loop {
+            // SAFETY: `message` names no address and no control data, and `parts`, which outlives the call; that is as in
+            // `write_at`.
+            let put = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+            match usize::try_from(put) {
+                Ok(put) => return Ok(put),
+                Err(_) => retry_interrupted()?,
+            }
+        }
+    }
+
+    /// Receives from the stream socket `fd` what waits there; returns how much that was, zero at the stream's end, and whether
+    /// it was as much as one call can take here: there may be more.
+    ///
+    /// # Errors
+    /// What recvmsg(2) says.
+    pub fn receive_stream(mut self, fd: BorrowedFd<'_>) -> io::Result<(usize, bool)> {
+        let mut parts = self.iovecs();
+        let asked: usize = parts.iter().map(|part| part.iov_len).sum();
+        let mut message = message(&mut parts);
+        loop {
+            // SAFETY: `message` names no address and no control data, and `parts`, which outlives the call; that is as in
+            // `read_at`.
+            let got = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+            match usize::try_from(got) {
+                Ok(got) => {
+                    self.take(got).mark_dirty();
+                    return Ok((got, got == asked));
+                }
+                Err(_) => retry_interrupted()?,
+            }
+        }
+    }
+
     /// The areas for a vectored call, at most as many as it takes.
     fn iovecs(&self) -> Vec<libc::iovec> {
         let parts = self.parts.iter().take(MAX_PARTS);
         parts.map(|part| libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() }).collect()
     }
+}
+
+/// A message for a connected socket without control data.
+fn message(parts: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: a msghdr is integers and pointers, for which zero is a value; on some systems it has padding that has no name.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = parts.len() as _;
+    message
 }
 
 fn retry_interrupted() -> io::Result<()> {
@@ -156,5 +213,29 @@ mod tests {
         let many: Vec<_> = (0..2500).map(|i| (i * 2, 1)).collect();
         assert!(areas(&ram, &many).send(file.as_fd()).is_err());
         assert_eq!(areas(&ram, &many[..1000]).send(file.as_fd()).unwrap(), 1000);
+    }
+
+    #[test]
+    fn streams_take_and_give_what_they_can() {
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+        let text: Vec<u8> = (0..3000_u32).map(|i| (i % 251) as u8).collect();
+        let many: Vec<_> = (0..1500).map(|i| (i * 4, 2)).collect();
+        areas(&ram, &many).copy_from(&text);
+        let mut all = areas(&ram, &many[..1000]);
+        all.append(areas(&ram, &many[1000..]));
+        assert_eq!(all.send_stream(near.as_fd()).unwrap(), 2 * MAX_PARTS);
+        all.take(2 * MAX_PARTS);
+        assert_eq!(all.send_stream(near.as_fd()).unwrap(), 3000 - 2 * MAX_PARTS);
+        let into = |parts: &[(u64, usize)]| areas(&ram, parts).receive_stream(far.as_fd());
+        assert_eq!(into(&[(0x8000, 1000), (0x9000, 1900)]).unwrap(), (2900, true));
+        assert_eq!(into(&[(0xa000, 200)]).unwrap(), (100, false));
+        assert_eq!(into(&[(0xa000, 200)]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let mut got = vec![0; 3000];
+        areas(&ram, &[(0x8000, 1000), (0x9000, 1900), (0xa000, 100)]).copy_to(&mut got);
+        assert_eq!(got, text);
+        drop(near);
+        assert_eq!(into(&[(0xa000, 200)]).unwrap(), (0, false));
+        assert_eq!(areas(&ram, &many).send_stream(far.as_fd()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }
