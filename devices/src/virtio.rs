@@ -27,6 +27,7 @@ pub mod rng;
 pub mod state;
 #[cfg(test)]
 mod testing;
+pub mod vsock;
 pub mod worker;
 
 use std::sync::Arc;
@@ -55,6 +56,8 @@ pub enum DeviceType {
     Console = 3,
     /// Entropy (§5.4).
     Rng = 4,
+    /// Sockets between guest and host (§5.10).
+    Vsock = 19,
 }
 
 /// How a device tells its driver that something happened.

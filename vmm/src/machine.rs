@@ -240,6 +240,7 @@ impl Machine {
                 DeviceType::Block => "blk",
                 DeviceType::Console => "console",
                 DeviceType::Rng => "rng",
+                DeviceType::Vsock => "vsock",
             };
             let (id, address) = (function.id().to_owned(), Some(slot.to_string()));
             devices.push(Meter { id, kind, address, tally: tally(function.counters()) });

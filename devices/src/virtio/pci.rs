@@ -574,7 +574,7 @@ fn config_space(kind: DeviceType, base: u64, msix: &Msix) -> (ConfigSpace, usize
     let class = match kind {
         DeviceType::Net => [0x02, 0x00, 0x00],
         DeviceType::Block => [0x01, 0x00, 0x00],
-        DeviceType::Console => [0x07, 0x80, 0x00],
+        DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0x00],
         DeviceType::Rng => [0x10, 0x00, 0x00],
     };
     let mut config = ConfigSpace::new(&Identity {

@@ -92,6 +92,8 @@ pub enum DeviceState {
     Console(ConsoleStateV1),
     /// An entropy source: nothing.
     Rng,
+    /// A socket device.
+    Vsock(VsockStateV1),
 }
 
 /// A block device: what the guest believes of its disk.
@@ -121,4 +123,13 @@ pub struct NetStateV1 {
 pub struct ConsoleStateV1 {
     /// Input that waits for receive buffers.
     pub input: Vec<u8>,
+}
+
+/// A socket device. Its connections are not state: they end on the host, and a restored device has the guest reset them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockStateV1 {
+    /// The guest's address.
+    pub cid: u64,
+    /// The port from which the next connection into the guest is made. Going on from here, none is taken for one of before.
+    pub next_port: u32,
 }

@@ -288,9 +288,14 @@ impl DriverQueue {
         self.set_word(AVAIL + 4 + 2 * u64::from(self.size), index);
     }
 
+    /// Whether there is a used chain to take.
+    pub fn has_used(&self) -> bool {
+        self.word(USED + 2) != self.seen
+    }
+
     /// Takes a used chain, if there is one: its head and length.
     pub fn take_used(&mut self) -> Option<(u16, u32)> {
-        if self.word(USED + 2) == self.seen {
+        if !self.has_used() {
             return None;
         }
         let at = self.base + USED + 4 + 8 * u64::from(self.seen % self.size);

@@ -1,0 +1,369 @@
+//! The socket device (virtio 1.2 §5.10): stream connections between the guest and programs of the host, which see unix sockets.
+//!
+//! ```text
+//!  guest: connect(2, P)  ──▶ host: PATH_P, where a program listens
+//!  guest: listen(P)      ◀── host: connect to PATH, write "CONNECT P\n", read "OK <port>\n"
+//! ```
+//!
+//! Nothing of the host's kernel is involved but unix sockets, and no privilege is needed. A connection that nobody takes is
+//! refused with an RST, or by closing the program's socket.
+//!
+//! Data moves between guest memory and sockets in one copy, the kernel's, up to 64 KiB a system call: to the guest over as many of
+//! its receive buffers as that takes.
+//!
+//! Connections do not go with a saved state: they end on the host. A restored device has its driver reset them by a
+//! transport reset event (§5.10.6.7), and what the guest still sends in them is answered with RSTs.
+//!
+//! Nothing of the host's is read while the driver gives no receive buffers or a connection's receiver no credit: the socket fills, and
+//! its program waits.
+
+mod connection;
+mod deadlines;
+mod handshake;
+mod listener;
+mod packet;
+mod switchboard;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use vm_memory::GuestMemoryMmap;
+
+pub use self::listener::{VsockError, VsockListener};
+use self::packet::{HEADER, Op};
+use self::switchboard::{FIRST_PORT, Outgoing, Switchboard};
+use super::areas::Areas;
+use super::ring::{Chain, RING_FEATURES, Ring};
+use super::state::{DeviceState, StateError, VsockStateV1};
+use super::worker::{Fault, Handler, Worker, Workers};
+use super::{ActivateError, Activation, DeviceType, VirtioDevice, read_config_bytes};
+use crate::counters::{Counter, Counters};
+
+const QUEUE_SIZE: u16 = 256;
+const EVENT_QUEUE_SIZE: u16 = 16;
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+const EVENT: u16 = 2;
+/// VIRTIO_VSOCK_F_STREAM (§5.10.3).
+const F_STREAM: u64 = 1;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as it lies in an event's buffer.
+const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
+/// Packets moved before the worker looks at its commands again.
+const TURN: usize = 256;
+/// Addresses from here on are not a guest's: VMADDR_CID_ANY.
+const CID_END: u64 = 0xffff_ffff;
+
+/// How much a device holds at most, and how long it waits.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    connections: usize,
+    /// Programs that have not yet said where to.
+    handshakes: usize,
+    /// For that, for the guest's answer, and for its RST when all was said.
+    patience: Duration,
+}
+
+const LIMITS: Limits = Limits { connections: 1024, handshakes: 64, patience: Duration::from_secs(10) };
+
+/// A virtio socket device.
+pub struct Vsock {
+    name: &'static str,
+    cid: u64,
+    listener: Arc<VsockListener>,
+    limits: Limits,
+    counters: Arc<VsockCounters>,
+    /// Outlives connections and resets, so that nothing late is taken for a part of something new.
+    next_port: Arc<AtomicU32>,
+    /// It was restored: the driver does not know yet that its connections are gone.
+    stale: bool,
+}
+
+impl Vsock {
+    /// A device in whose guest, with the address `cid`, programs get to by `listener`. The listener outlives the machine's
+    /// reboots.
+    ///
+    /// # Errors
+    /// `InvalidInput` for an address that no guest may have.
+    pub fn new(cid: u64, listener: Arc<VsockListener>) -> io::Result<Self> {
+        if cid <= packet::HOST_CID || cid >= CID_END {
+            let text = format!("{cid} is no address for a guest: they go from 3 to 4294967294");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let next_port = Arc::new(AtomicU32::new(FIRST_PORT));
+        Ok(Self { name: "vsock", cid, listener, limits: LIMITS, counters: Arc::default(), next_port, stale: false })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Vsock
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES | F_STREAM
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.cid.to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
+        let (receive, receive_kick) = Ring::take(&mut activation, RECEIVE)?;
+        let (transmit, transmit_kick) = Ring::take(&mut activation, TRANSMIT)?;
+        let (events, event_kick) = Ring::take(&mut activation, EVENT)?;
+        let (listener, counters) = (Arc::clone(&self.listener), Arc::clone(&self.counters));
+        let board = Switchboard::new(self.cid, listener, self.limits, counters, Arc::clone(&self.next_port));
+        let handler = VsockHandler {
+            receive,
+            transmit,
+            events,
+            board: board.map_err(ActivateError::Worker)?,
+            stale: self.stale,
+            transmit_blocked: false,
+            more_events: false,
+        };
+        let worker = Worker::spawn(self.name, vec![receive_kick, transmit_kick, event_kick], handler, &activation);
+        Ok(worker.map_err(ActivateError::Worker)?.into())
+    }
+
+    fn reset(&mut self) {
+        self.stale = false;
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(VsockStateV1 { cid: self.cid, next_port: self.next_port.load(Ordering::Relaxed) })
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Vsock(VsockStateV1 { cid, next_port }) = state else {
+            return Err(StateError::WrongDevice("socket device"));
+        };
+        if cid != self.cid {
+            let (saved, now) = (cid.to_string(), self.cid.to_string());
+            return Err(StateError::Differs { what: "the guest's vsock address", saved, now });
+        }
+        if next_port < FIRST_PORT {
+            return Err(StateError::Impossible("a socket device's port is none of its own"));
+        }
+        self.next_port.store(next_port, Ordering::Relaxed);
+        self.stale = true;
+        Ok(())
+    }
+
+    fn counters(&self) -> Arc<dyn Counters> {
+        Arc::clone(&self.counters) as _
+    }
+}
+
+#[derive(Default)]
+struct VsockCounters {
+    /// Made, by either side.
+    connections: Counter,
+    /// Asked for and not made, by either side.
+    refused: Counter,
+    /// Broken off, by either side.
+    resets: Counter,
+    rx_packets: Counter,
+    rx_bytes: Counter,
+    tx_packets: Counter,
+    tx_bytes: Counter,
+}
+
+impl Counters for VsockCounters {
+    fn read(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("connections", self.connections.get()),
+            ("refused", self.refused.get()),
+            ("resets", self.resets.get()),
+            ("rx_packets", self.rx_packets.get()),
+            ("rx_bytes", self.rx_bytes.get()),
+            ("tx_packets", self.tx_packets.get()),
+            ("tx_bytes", self.tx_bytes.get()),
+        ]
+    }
+}
+
+/// Moves packets between the rings and the switchboard.
+struct VsockHandler {
+    receive: Ring,
+    transmit: Ring,
+    events: Ring,
+    board: Switchboard,
+    /// The driver is to be told that its connections are gone.
+    stale: bool,
+    /// The switchboard takes no packet until the guest took some.
+    transmit_blocked: bool,
+    /// The switchboard has not seen all events of its sockets.
+    more_events: bool,
+}
+
+impl Handler for VsockHandler {
+    fn sources(&self) -> Vec<(RawFd, u16)> {
+        vec![(self.board.as_raw_fd(), 0)]
+    }
+
+    fn kicked(&mut self, position: usize) -> Result<(), Fault> {
+        self.tell_reset()?;
+        if position == usize::from(TRANSMIT) {
+            self.take_packets()?;
+        }
+        if self.more_events { self.look() } else { self.deliver() }
+    }
+
+    fn ready(&mut self, _token: u16) -> Result<(), Fault> {
+        self.look()
+    }
+
+    fn rings(&self) -> Vec<&Ring> {
+        vec![&self.receive, &self.transmit, &self.events]
+    }
+}
+
+impl VsockHandler {
+    /// Tells the driver of a restored device that its connections are gone.
+    fn tell_reset(&mut self) -> Result<(), Fault> {
+        let ram = self.events.ram();
+        while self.stale {
+            let Some(chain) = self.events.next(&ram)? else {
+                if self.events.await_kick()? {
+                    continue;
+                }
+                return Ok(());
+            };
+            if chain.writable.copy_from(&TRANSPORT_RESET) < TRANSPORT_RESET.len() {
+                return Err(Fault(format!("event buffer {} has no room for an event", chain.head)));
+            }
+            self.events.used(chain.head, TRANSPORT_RESET.len() as u32)?;
+            self.events.notify()?;
+            self.stale = false;
+        }
+        Ok(())
+    }
+
+    /// Takes packets from the driver until none waits, the switchboard wants no more, or it was enough for one turn.
+    fn take_packets(&mut self) -> Result<(), Fault> {
+        let Self { transmit, board, .. } = self;
+        let ram = transmit.ram();
+        transmit.ignore_kicks()?;
+        for _ in 0..TURN {
+            if !board.takes_packets() {
+                self.transmit_blocked = true;
+                return transmit.notify();
+            }
+            match transmit.next(&ram)? {
+                Some(chain) => {
+                    board.packet(chain.readable);
+                    transmit.used(chain.head, 0)?;
+                }
+                None if transmit.await_kick()? => {}
+                None => return transmit.notify(),
+            }
+        }
+        transmit.notify()?;
+        transmit.kick_self()
+    }
+
+    /// Takes in what happened to sockets, and delivers what came of it.
+    fn look(&mut self) -> Result<(), Fault> {
+        self.more_events = self.board.look().map_err(host_failed)?;
+        if self.more_events {
+            self.receive.kick_self()?;
+        }
+        self.deliver()
+    }
+
+    /// Gives packets to the driver until none is due, there are no buffers, or it was enough for one turn.
+    fn deliver(&mut self) -> Result<(), Fault> {
+        let ram = self.receive.ram();
+        self.receive.ignore_kicks()?;
+        let mut turn = TURN;
+        while self.board.has_outgoing() {
+            if turn == 0 {
+                self.receive.kick_self()?;
+                break;
+            }
+            let Some(chain) = self.buffer(&ram)? else {
+                if self.receive.await_kick()? {
+                    continue;
+                }
+                break;
+            };
+            turn = turn.saturating_sub(self.fill(chain, &ram)?);
+        }
+        self.receive.notify()?;
+        self.board.arm().map_err(host_failed)?;
+        if self.transmit_blocked && self.board.takes_packets() {
+            self.transmit_blocked = false;
+            self.transmit.kick_self()?;
+        }
+        Ok(())
+    }
+
+    /// The next receive buffer.
+    fn buffer<'a>(&mut self, ram: &'a GuestMemoryMmap) -> Result<Option<Chain<'a>>, Fault> {
+        match self.receive.next(ram)? {
+            Some(chain) if chain.writable.len() <= HEADER => {
+                Err(Fault(format!("receive buffer {} has no room for a packet", chain.head)))
+            }
+            chain => Ok(chain),
+        }
+    }
+
+    /// Fills `first` with what goes to the guest next, and as many more buffers as data of one connection needs. Returns how many
+    /// buffers it looked at.
+    fn fill(&mut self, first: Chain<'_>, ram: &GuestMemoryMmap) -> Result<usize, Fault> {
+        let (id, max) = match self.board.next() {
+            None => {
+                self.receive.put_back(1);
+                return Ok(1);
+            }
+            Some(Outgoing::Packet(header)) => {
+                first.writable.copy_from(&header.bytes());
+                self.receive.used(first.head, HEADER as u32)?;
+                return Ok(1);
+            }
+            Some(Outgoing::Data { id, max }) => (id, max),
+        };
+        // Each buffer: whose it is, where its header goes, and how much data it can take.
+        let mut buffers = Vec::new();
+        let mut room = Areas::default();
+        let mut next = Some(first);
+        while let Some(Chain { head, mut writable, .. }) = next {
+            let header = writable.take(HEADER);
+            let data = writable.take(max - room.len());
+            buffers.push((head, header, data.len()));
+            room.append(data);
+            next = if room.len() < max { self.buffer(ram)? } else { None };
+        }
+        let mut left = self.board.read(id, room);
+        let mut filled = 0;
+        for (head, header, size) in &buffers {
+            let len = left.min(*size) as u32;
+            if len == 0 {
+                break;
+            }
+            let Some(packet) = self.board.header(id, Op::Data, len) else { break };
+            header.copy_from(&packet.bytes());
+            self.receive.used(*head, HEADER as u32 + len)?;
+            left -= len as usize;
+            filled += 1;
+        }
+        self.receive.put_back((buffers.len() - filled) as u16);
+        // The guest can begin with these while the next are read.
+        self.receive.notify()?;
+        Ok(buffers.len())
+    }
+}
+
+fn host_failed(error: io::Error) -> Fault {
+    Fault(format!("the host's epoll or timer fails: {error}"))
+}
