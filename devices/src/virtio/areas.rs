@@ -120,8 +120,8 @@ impl<'a> Areas<'a> {
         let mut parts = self.iovecs();
         let message = message(&mut parts);
         loop {
-            // SAFETY: `message` names no address and no control data, and `parts`, which outlives the call; that is as in
-            // `write_at`.
+            // SAFETY: `message` names no address and no control data, only `parts`, which outlives the call; they point to
+            // guest memory that is mapped and outlives `self`, and is only read.
             let put = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
             match usize::try_from(put) {
                 Ok(put) => return Ok(put),
@@ -135,19 +135,15 @@ impl<'a> Areas<'a> {
     ///
     /// # Errors
     /// What recvmsg(2) says.
-    pub fn receive_stream(mut self, fd: BorrowedFd<'_>) -> io::Result<(usize, bool)> {
+    pub fn receive_stream(&self, fd: BorrowedFd<'_>) -> io::Result<(usize, bool)> {
         let mut parts = self.iovecs();
         let asked: usize = parts.iter().map(|part| part.iov_len).sum();
         let mut message = message(&mut parts);
         loop {
-            // SAFETY: `message` names no address and no control data, and `parts`, which outlives the call; that is as in
-            // `read_at`.
+            // SAFETY: as in `send_stream`; the memory is mapped for writing and shared, so that no reference to it exists.
             let got = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
             match usize::try_from(got) {
-                Ok(got) => {
-                    self.take(got).mark_dirty();
-                    return Ok((got, got == asked));
-                }
+                Ok(got) => return Ok((got, got == asked)),
                 Err(_) => retry_interrupted()?,
             }
         }
