@@ -16,6 +16,7 @@
 //! on a vCPU.
 
 mod areas;
+pub mod balloon;
 pub mod block;
 pub mod console;
 mod held;
@@ -56,6 +57,8 @@ pub enum DeviceType {
     Console = 3,
     /// Entropy (§5.4).
     Rng = 4,
+    /// Memory balloon (§5.5).
+    Balloon = 5,
     /// Sockets between guest and host (§5.10).
     Vsock = 19,
 }

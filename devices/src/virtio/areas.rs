@@ -6,9 +6,10 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice};
 
 /// What one vectored system call takes (UIO_MAXIOV).
 const MAX_PARTS: usize = 1024;
@@ -41,6 +42,19 @@ impl<'a> Areas<'a> {
     /// True when no byte is left.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Where in `ram`, which they were taken from, the areas lie.
+    pub fn ranges(&self, ram: &GuestMemoryMmap) -> impl Iterator<Item = Range<u64>> {
+        self.parts.iter().filter_map(|part| {
+            let host = part.ptr_guard().as_ptr().addr();
+            ram.iter().find_map(|region| {
+                let base = region.get_host_address(MemoryRegionAddress(0)).ok()?.addr();
+                let offset = host.checked_sub(base)? as u64;
+                let start = region.start_addr().0 + offset;
+                (offset < region.len()).then(|| start..start + part.len() as u64)
+            })
+        })
     }
 
     /// Removes and returns the first `count` bytes, or all when there are fewer.
@@ -176,7 +190,7 @@ fn retry_interrupted() -> io::Result<()> {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
-    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+    use vm_memory::GuestAddress;
 
     fn areas<'a>(ram: &'a GuestMemoryMmap, parts: &[(u64, usize)]) -> Areas<'a> {
         let mut areas = Areas::default();
@@ -200,6 +214,17 @@ mod tests {
         assert_eq!(&bytes[..7], b"fghijkl");
         assert_eq!(all.take(100).len(), 7);
         assert!(all.is_empty() && all.take(1).is_empty());
+    }
+
+    #[test]
+    fn knows_where_its_parts_lie() {
+        let regions = [(GuestAddress(0x1000), 0x1000), (GuestAddress(0x2000), 0x1000), (GuestAddress(1 << 40), 0x1000)];
+        let ram = GuestMemoryMmap::from_ranges(&regions).unwrap();
+        let mut all = areas(&ram, &[(0x1ff0, 0x10), (0x2000, 0x1000), ((1 << 40) + 0xfff, 1)]);
+        let ranges = |areas: &Areas<'_>| areas.ranges(&ram).collect::<Vec<_>>();
+        assert_eq!(ranges(&all), [0x1ff0..0x2000, 0x2000..0x3000, (1 << 40) + 0xfff..(1 << 40) + 0x1000]);
+        all.take(0x11);
+        assert_eq!(ranges(&all)[0], 0x2001..0x3000);
     }
 
     #[test]

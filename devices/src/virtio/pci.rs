@@ -576,6 +576,8 @@ fn config_space(kind: DeviceType, base: u64, msix: &Msix) -> (ConfigSpace, usize
         DeviceType::Block => [0x01, 0x00, 0x00],
         DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0x00],
         DeviceType::Rng => [0x10, 0x00, 0x00],
+        // Of no defined class (PCI Code and ID 1.11 §1.1).
+        DeviceType::Balloon => [0xff, 0x00, 0x00],
     };
     let mut config = ConfigSpace::new(&Identity {
         vendor: VENDOR,

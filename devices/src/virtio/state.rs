@@ -92,6 +92,8 @@ pub enum DeviceState {
     Console(ConsoleStateV1),
     /// An entropy source: nothing.
     Rng,
+    /// A memory balloon.
+    Balloon(BalloonStateV1),
     /// A socket device.
     Vsock(VsockStateV1),
 }
@@ -132,4 +134,15 @@ pub struct VsockStateV1 {
     pub cid: u64,
     /// The port from which the next connection into the guest is made. Going on from here, none is taken for one of before.
     pub next_port: u32,
+}
+
+/// A memory balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStateV1 {
+    /// Pages that it is to hold.
+    pub target: u32,
+    /// Pages that it holds, as the driver says.
+    pub actual: u32,
+    /// What the driver fills free pages with.
+    pub poison: u32,
 }

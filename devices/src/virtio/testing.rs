@@ -90,6 +90,7 @@ impl<D> DerefMut for Attached<D> {
 #[derive(Default)]
 pub struct Spy {
     pub queue: AtomicU64,
+    pub config: AtomicU64,
     pub needs_reset: AtomicU64,
 }
 
@@ -97,7 +98,9 @@ impl Interrupt for Spy {
     fn queue(&self, _: u16) {
         self.queue.fetch_add(1, Ordering::SeqCst);
     }
-    fn config(&self) {}
+    fn config(&self) {
+        self.config.fetch_add(1, Ordering::SeqCst);
+    }
     fn needs_reset(&self) {
         self.needs_reset.fetch_add(1, Ordering::SeqCst);
     }
