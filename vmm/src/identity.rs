@@ -43,8 +43,8 @@ impl Identity {
         Ok(identity)
     }
 
-    /// Makes the machine another one than that whose RAM it continues, and has the guest told when it runs. To be called while no vCPU runs,
-    /// after the power management's registers were restored.
+    /// Makes the machine another one than that whose RAM it continues, and has the guest told when it runs. To be called while
+    /// no vCPU runs, after the power management's registers were restored.
     ///
     /// # Errors
     /// When the host gives no entropy; such a machine must not run.

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use civic_api::{DeviceInfo, VcpuInfo, VmConfig};
+use civic_api::{BALLOON_STEP_BYTES, DeviceInfo, VcpuInfo, VmConfig};
 use civic_devices::acpi::power::{self, I8042Reset, PowerEvents, PowerManagement, ResetEvents};
 use civic_devices::acpi::tables::{self, AcpiConfig};
 use civic_devices::bus::{Bus, BusDevice, BusError};
@@ -23,6 +23,7 @@ use civic_devices::counters::Counters;
 use civic_devices::pci::Slot;
 use civic_devices::pci::root::{ConfigPorts, ECAM_LEN, Ecam, PORTS, PORTS_LEN, PciRoot, SlotError};
 use civic_devices::serial::{SERIAL_PORTS, SerialPort};
+use civic_devices::virtio::balloon::{Balloon, BalloonControl};
 use civic_devices::virtio::block::{Block, BlockOptions};
 use civic_devices::virtio::console::Console;
 use civic_devices::virtio::net::{Mac, Net};
@@ -127,6 +128,7 @@ pub struct Machine {
     serial: Arc<SerialPort>,
     power: Arc<PowerManagement>,
     identity: Identity,
+    balloon: Option<BalloonControl>,
     /// Kept here alone: the ways into it do not keep it.
     _root: Arc<PciRoot>,
     _vm: Arc<VmFd>,
@@ -168,7 +170,9 @@ impl Machine {
 
         let mut plugged = Vec::new();
         let doorbells = Arc::new(IoEvents(Arc::clone(&vm)));
-        for (id, device) in virtio_devices(config, resources)? {
+        let balloon = balloon(config, &memory)?;
+        let balloon_control = balloon.as_ref().map(Balloon::control);
+        for (id, device) in virtio_devices(config, resources, balloon)? {
             let slot = root.free_slot()?;
             let base = layout.mmio32().start.0 + BAR_LEN * u64::from(slot.0);
             let messages = Messages(Arc::clone(&interrupts));
@@ -197,7 +201,17 @@ impl Machine {
         };
         let vcpus = Vcpus::spawn(fds, gate, &buses, tell).map_err(io_error("a vCPU thread"))?;
         info!(cpus = config.cpus, memory = config.memory_bytes, "machine built");
-        Ok(Self { vcpus, plugged, serial, power, identity, _root: root, _vm: vm, _memory: memory })
+        Ok(Self {
+            vcpus,
+            plugged,
+            serial,
+            power,
+            identity,
+            balloon: balloon_control,
+            _root: root,
+            _vm: vm,
+            _memory: memory,
+        })
     }
 
     /// Lets devices and vCPUs run.
@@ -229,6 +243,11 @@ impl Machine {
         self.identity.mark_disruption()
     }
 
+    /// The balloon, if it has one.
+    pub fn balloon(&self) -> Option<&BalloonControl> {
+        self.balloon.as_ref()
+    }
+
     /// The counters of devices and vCPUs, which outlive the machine.
     pub fn meters(&self) -> Meters {
         let tally = |counters| Tally { counters, carried: BTreeMap::new() };
@@ -240,6 +259,7 @@ impl Machine {
                 DeviceType::Block => "blk",
                 DeviceType::Console => "console",
                 DeviceType::Rng => "rng",
+                DeviceType::Balloon => "balloon",
                 DeviceType::Vsock => "vsock",
             };
             let (id, address) = (function.id().to_owned(), Some(slot.to_string()));
@@ -326,7 +346,11 @@ impl Meters {
 type Named = (String, Box<dyn VirtioDevice>);
 
 /// Disks, network cards, then what every machine has; in slot order.
-fn virtio_devices(config: &VmConfig, resources: &Resources) -> Result<Vec<Named>, BuildError> {
+fn virtio_devices(
+    config: &VmConfig,
+    resources: &Resources,
+    balloon: Option<Balloon>,
+) -> Result<Vec<Named>, BuildError> {
     let mut devices: Vec<Named> = Vec::new();
     for (disk, opened) in config.disks.iter().zip(&resources.disks) {
         devices.push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened), BlockOptions::default()))));
@@ -340,7 +364,15 @@ fn virtio_devices(config: &VmConfig, resources: &Resources) -> Result<Vec<Named>
     resources.hvc.connect_input(console.input());
     devices.push(("rng".into(), Box::new(Rng::new())));
     devices.push(("console".into(), Box::new(console)));
+    devices.extend(balloon.map(|balloon| ("balloon".into(), Box::new(balloon) as Box<dyn VirtioDevice>)));
     Ok(devices)
+}
+
+fn balloon(config: &VmConfig, memory: &Memory) -> Result<Option<Balloon>, BuildError> {
+    let Some(wanted) = &config.balloon else { return Ok(None) };
+    // What validation lets through is less than MAX_MEMORY, so its pages can be counted.
+    let pages = (wanted.target_bytes / BALLOON_STEP_BYTES) as u32;
+    Balloon::new(memory.page_release(), pages).map(Some).map_err(io_error("the balloon"))
 }
 
 /// Puts the guest's kernel, initial RAM disk, command line and ACPI tables into memory.

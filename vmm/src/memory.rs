@@ -9,10 +9,15 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use civic_devices::virtio::GuestRam;
+use civic_devices::virtio::balloon::PageRelease;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 use crate::layout::Layout;
 
@@ -71,6 +76,29 @@ impl Memory {
         let ram = GuestMemoryMmap::from_regions(mapped).map_err(|e| map(e.into()))?;
         Ok(Self { memfd, ram: Arc::new(ram) })
     }
+
+    /// The way by which the guest's balloon gives pages back to the host.
+    pub fn page_release(&self) -> Arc<dyn PageRelease> {
+        Arc::new(HolePuncher(Arc::clone(&self.ram)))
+    }
+}
+
+/// Punches the guest's pages out of the memfd, and with it out of every shared mapping: KVM's too.
+struct HolePuncher(GuestRam);
+
+impl PageRelease for HolePuncher {
+    fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
+        let (region, MemoryRegionAddress(at)) =
+            self.0.to_region_addr(GuestAddress(gpa)).ok_or(io::ErrorKind::InvalidInput)?;
+        let file = region.file_offset().ok_or(io::ErrorKind::Unsupported)?;
+        let inside = at.checked_add(len).is_some_and(|end| end <= region.len());
+        let offset = i64::try_from(file.start() + at).ok();
+        let (Some(offset), Ok(len), true) = (offset, i64::try_from(len), inside) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(file.file(), mode, offset, len)?)
+    }
 }
 
 fn memfd(bytes: u64) -> io::Result<File> {
@@ -100,5 +128,29 @@ mod tests {
         assert!(!memory.ram.address_in_range(GuestAddress(3 << 30)));
         // Nothing but the touched page is there.
         assert!(memory.memfd.metadata().unwrap().blocks() * 512 <= 4096);
+    }
+
+    #[test]
+    fn a_released_page_leaves_the_memfd_and_no_other_does() {
+        const PAGE: u64 = 4096;
+        let memory = Memory::allocate(&Layout::new((3 << 30) + (16 << 20)).unwrap()).unwrap();
+        let release = memory.page_release();
+        let high = 4 << 30;
+        let pages = [0, PAGE, 2 * PAGE, (3 << 30) - PAGE, high, high + PAGE, high + 2 * PAGE];
+        for page in pages {
+            memory.ram.write_obj(page | 1, GuestAddress(page + 8)).unwrap();
+        }
+        let blocks = || memory.memfd.metadata().unwrap().blocks() * 512 / PAGE;
+        assert_eq!(blocks(), 7);
+        release.release(PAGE, PAGE).unwrap();
+        release.release(high, 2 * PAGE).unwrap();
+        assert_eq!(blocks(), 4);
+        assert_eq!(memory.memfd.metadata().unwrap().len(), (3 << 30) + (16 << 20));
+        let kept: Vec<u64> =
+            pages.into_iter().filter(|page| memory.ram.read_obj::<u64>(GuestAddress(page + 8)).unwrap() != 0).collect();
+        assert_eq!(kept, [0, 2 * PAGE, (3 << 30) - PAGE, high + 2 * PAGE]);
+        for (gpa, len) in [((3 << 30) - PAGE, 2 * PAGE), (3 << 30, PAGE), (high, 17 << 20), (0, u64::MAX), (0, 0)] {
+            assert!(release.release(gpa, len).is_err(), "{gpa:#x}");
+        }
     }
 }
