@@ -13,6 +13,7 @@ use std::path::Path;
 use civic_api::doctor::{Check, Report, Status};
 use civic_api::launch::SOCKET_FILE;
 use civic_api::{ByteSize, MAX_NAME_BYTES, MIN_MEMORY_BYTES};
+use civic_devices::virtio::block;
 use civic_fork::support;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -51,6 +52,7 @@ pub fn examine(run_dir: &Path) -> Report {
         guest_memory(),
         run_directory(run_dir),
         open_files(&read("/proc/self/limits")),
+        io_uring(block::io_uring(), &read("/proc/sys/kernel/io_uring_disabled")),
         network(&read("/proc/self/status")),
         userfaultfd(&support::probe()),
         huge_pages(),
@@ -146,6 +148,27 @@ fn memory() -> Check {
     }
 }
 
+/// `disabled` is what the sysctl says (Linux 6.6): 1 forbids it to all but one group, 2 to everybody.
+fn io_uring(tried: io::Result<()>, disabled: &str) -> Check {
+    const NAME: &str = "io_uring";
+    const WHY: &str = "keeps many requests of a disk in flight; without, each waits for the one before";
+    let Err(error) = tried else { return ok(NAME, WHY, "works") };
+    let (found, fix) = match error.kind() {
+        ErrorKind::PermissionDenied if !matches!(disabled, "" | "0") => {
+            (format!("forbidden (kernel.io_uring_disabled={disabled})"), "sysctl kernel.io_uring_disabled=0")
+        }
+        ErrorKind::PermissionDenied => {
+            ("forbidden".to_owned(), "allow io_uring_setup and io_uring_enter (container's seccomp filter)")
+        }
+        ErrorKind::Unsupported => {
+            ("missing, or older than Linux 5.6".to_owned(), "use a newer host kernel that has CONFIG_IO_URING")
+        }
+        ErrorKind::OutOfMemory => (format!("refused: {error}"), "raise the limit of locked memory (ulimit -l)"),
+        _ => (format!("refused: {error}"), "see io_uring_setup(2)"),
+    };
+    warn(NAME, WHY, found, fix)
+}
+
 /// Guest memory is a memfd, and a fork gives pages of it back with a hole.
 fn guest_memory() -> Check {
     const NAME: &str = "memfd";
@@ -236,7 +259,7 @@ const CAP_NET_ADMIN: u32 = 12;
 
 fn network(status: &str) -> Check {
     const NAME: &str = "network";
-    const WHY: &str = "--net connects a VM to a tap interface of the host";
+    const WHY: &str = "--net connects a VM to a tap interface of the host; vhost is not used";
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         let (found, fix) = match error.kind() {
             ErrorKind::NotFound => ("/dev/net/tun does not exist".to_owned(), "modprobe tun"),

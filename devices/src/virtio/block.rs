@@ -19,6 +19,7 @@ mod request;
 mod tests;
 mod uring;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -33,6 +34,7 @@ use self::counters::BlockCounters;
 use self::engine::Engine;
 use self::queue::{BlockQueue, Shared};
 use self::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use self::uring::Uring;
 use super::ring::{RING_FEATURES, Ring};
 use super::state::{BlockStateV1, DeviceState, StateError};
 use super::worker::{Worker, Workers};
@@ -62,6 +64,14 @@ impl Default for BlockOptions {
     fn default() -> Self {
         Self { queues: 1 }
     }
+}
+
+/// Tries whether this host keeps many requests of a disk in flight (io_uring). Disks work without.
+///
+/// # Errors
+/// What the kernel says; `Unsupported` where it has none or one that is too old.
+pub fn io_uring() -> io::Result<()> {
+    Uring::new(1).map(drop)
 }
 
 /// A virtio block device.

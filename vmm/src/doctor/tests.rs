@@ -53,6 +53,23 @@ fn userfaultfd_is_needed_for_forks_only() {
 }
 
 #[test]
+fn io_urings() {
+    assert_eq!(io_uring(Ok(()), "").status, Status::Ok);
+    for (errno, disabled, found, fix) in [
+        (libc::EPERM, "2", "io_uring_disabled=2", "sysctl"),
+        (libc::EPERM, "0", "forbidden", "seccomp"),
+        (libc::EPERM, "", "forbidden", "seccomp"),
+        (libc::ENOSYS, "", "missing", "CONFIG_IO_URING"),
+        (libc::ENOMEM, "0", "refused", "ulimit"),
+        (libc::EMFILE, "0", "refused", "io_uring_setup(2)"),
+    ] {
+        let check = io_uring(Err(io::Error::from_raw_os_error(errno)), disabled);
+        assert_eq!(check.status, Status::Warn, "disks work without");
+        assert!(check.found.contains(found) && check.fix.as_ref().unwrap().contains(fix), "{check:?}");
+    }
+}
+
+#[test]
 fn cgroups() {
     assert_eq!(cgroup("0::/user.slice", "cpuset cpu io memory").status, Status::Ok);
     assert_eq!(cgroup("0::/", "").status, Status::Warn);
