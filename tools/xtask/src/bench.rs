@@ -13,6 +13,7 @@
 //! absolute time measured in the testbed is shown as if it meant something.
 
 mod boot;
+mod clock;
 mod facts;
 mod fio;
 mod guest;
@@ -34,6 +35,7 @@ use civic_testbed::{apt, cache, client, setup as testbed_setup};
 use crate::place::{Job, Place};
 use crate::setup;
 use crate::test::cargo;
+use clock::{Clock, Ticker};
 use machine::Tools;
 use report::Report;
 
@@ -79,6 +81,8 @@ pub struct HostArgs {
     #[arg(long)]
     json: PathBuf,
     #[arg(long)]
+    clock: Option<PathBuf>,
+    #[arg(long)]
     qemu: PathBuf,
     #[arg(long)]
     qemu_data: Vec<PathBuf>,
@@ -101,6 +105,10 @@ pub fn run(args: &Args) -> Result<bool> {
     host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
     host.extend(args.quick.then(|| "--quick".to_owned()));
     host.push(format!("--json={}", json.display()));
+    let clock = (place == Place::Testbed)
+        .then(|| Ticker::start(folder.join(format!("bench-{}.clock", std::process::id()))))
+        .transpose()?;
+    host.extend(clock.as_ref().map(|c| format!("--clock={}", c.path.display())));
     let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
     host.push(format!("--qemu={}", program.display()));
     host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
@@ -122,12 +130,13 @@ fn in_path(program: &std::path::Path) -> Result<PathBuf> {
 /// The part on the KVM host.
 pub fn host(args: &HostArgs) -> Result<bool> {
     let tools = Tools::new(&args.qemu, &args.qemu_data)?;
+    let clock = Clock::new(args.clock.clone());
     let mut report = Report::new(facts::gather(&tools)?);
     if args.what != What::Io {
-        boot::run(&tools, args.quick, &mut report)?;
+        boot::run(&tools, &clock, args.quick, &mut report)?;
     }
     if args.what != What::Boot {
-        io::run(&tools, args.quick, &mut report)?;
+        io::run(&tools, &clock, args.quick, &mut report)?;
     }
     fs::write(&args.json, serde_json::to_vec_pretty(&report.json())?)?;
     print!("{report}");

@@ -46,7 +46,7 @@ pub struct Guest<'a> {
 impl<'a> Guest<'a> {
     /// Starts the monitor.
     pub fn start(tools: &'a Tools, spec: &Spec) -> Result<Self> {
-        let name = format!("bench-{}", spec.monitor.name().replace(' ', "-"));
+        let name = format!("bench-{}", spec.monitor.name().replace([' ', ',', '='], "-"));
         let mut command = tools.command(spec, &name);
         let errors = tools.work.join(format!("{name}.errors"));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors)?);

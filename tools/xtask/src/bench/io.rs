@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::clock::Clock;
 use super::fio::{self, JOBS};
 use super::guest::Guest;
 use super::images::Images;
@@ -43,6 +44,7 @@ struct Effort {
 /// Both guests and what they have.
 struct Bench<'a> {
     effort: Effort,
+    clock: &'a Clock,
     images: &'a Images,
     /// Civic's, QEMU's.
     guests: [Guest<'a>; 2],
@@ -50,14 +52,16 @@ struct Bench<'a> {
 }
 
 /// Measures and reports.
-pub fn run(tools: &Tools, quick: bool, report: &mut Report) -> Result<()> {
+pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Result<()> {
     let effort = if quick { Effort { rounds: 5, seconds: 2 } } else { Effort { rounds: 15, seconds: 4 } };
     let root = std::env::var_os("CIVIC_ROOT_IMAGE").map(PathBuf::from).context("no CIVIC_ROOT_IMAGE")?;
     let images = Images::new(tools)?;
     let taps = [Tap::new(1)?, Tap::new(2)?, Tap::new(3)?];
-    let qcow2 = tools.civic_takes(&["--disk", "path=/nowhere,format=qcow2"])?;
-    if !qcow2 {
-        report.leave_out("qcow2.*: this civic knows no --disk …,format=qcow2");
+    let probe = images.make("probe.qcow2", true)?;
+    let refused = tools.refused(&["--disk", &format!("path={},format=qcow2", probe.display())])?;
+    let qcow2 = refused.is_none();
+    if let Some(why) = refused {
+        report.leave_out(&format!("qcow2.*: civic says: {why}"));
     }
     let sockets = vsocks(tools, report)?;
 
@@ -97,7 +101,7 @@ pub fn run(tools: &Tools, quick: bool, report: &mut Report) -> Result<()> {
         Ok(guest)
     };
     let guests = [start(&specs[0])?, start(&specs[1])?];
-    let mut bench = Bench { effort, images: &images, guests, report };
+    let mut bench = Bench { effort, clock, images: &images, guests, report };
     for (n, &qcow2) in formats.iter().enumerate() {
         bench.disks(qcow2, n)?;
     }
@@ -111,8 +115,8 @@ pub fn run(tools: &Tools, quick: bool, report: &mut Report) -> Result<()> {
 /// How the guests are reached by vsock, if both can be.
 fn vsocks(tools: &Tools, report: &mut Report) -> Result<Option<[Vsock; 2]>> {
     let socket = tools.work.join("vsock");
-    if !tools.civic_takes(&["--vsock", &format!("uds={}", socket.display())])? {
-        report.leave_out("vsock.*: this civic knows no --vsock");
+    if let Some(why) = tools.refused(&["--vsock", &format!("uds={}", socket.display())])? {
+        report.leave_out(&format!("vsock.*: civic says: {why}"));
         return Ok(None);
     }
     if !std::path::Path::new("/dev/vhost-vsock").exists() {
@@ -150,10 +154,12 @@ impl Bench<'_> {
         }
         for job in &JOBS {
             let name = format!("{group}.{}", job.name);
-            let (images, seconds, guests) = (self.images, self.effort.seconds, &mut self.guests);
-            let mut run = |guest: usize, device: &str| {
+            let (images, clock, seconds, guests) = (self.images, self.clock, self.effort.seconds, &mut self.guests);
+            let mut run = |guest: usize, device: &str| -> Result<f64> {
                 images.settle()?;
-                fio::figure(job, &guests[guest].run(&fio::measure(job, device, seconds), limit)?)
+                let mark = clock.mark();
+                let said = guests[guest].run(&fio::measure(job, device, seconds), limit)?;
+                Ok(fio::figure(job, &said)? * clock.stretch(&mark)?)
             };
             progress(&format!("{name}: warming up"));
             run(CIVIC, &ours)?;
@@ -169,14 +175,17 @@ impl Bench<'_> {
 
     fn network(&mut self, taps: &[Tap; 3]) -> Result<()> {
         self.guests.iter_mut().try_for_each(net::serve)?;
-        let seconds = self.effort.seconds;
+        let (clock, seconds) = (self.clock, self.effort.seconds);
         for way in Way::BOTH {
             let name = format!("net.tcp_{}", way.name());
             progress(&format!("{name}: warming up"));
             for tap in taps {
                 net::measure(tap, way, seconds)?;
             }
-            let [ours, peer, vhost] = in_turn(&name, self.effort.rounds, |who| net::measure(&taps[who], way, seconds))?;
+            let [ours, peer, vhost] = in_turn(&name, self.effort.rounds, |who| {
+                let mark = clock.mark();
+                Ok(net::measure(&taps[who], way, seconds)? * clock.stretch(&mark)?)
+            })?;
             self.row(name.clone(), "MiB/s", ours.clone(), peer, "vhost=off", true);
             self.row(format!("{name}.vhost"), "MiB/s", ours, vhost, "vhost=on", false);
         }
@@ -185,14 +194,17 @@ impl Bench<'_> {
 
     fn vsock(&mut self, sockets: &[Vsock; 2]) -> Result<()> {
         self.guests.iter_mut().try_for_each(vsock::serve)?;
-        let seconds = self.effort.seconds;
+        let (clock, seconds) = (self.clock, self.effort.seconds);
         for way in Way::BOTH {
             let name = format!("vsock.{}", way.name());
             progress(&format!("{name}: warming up"));
             for socket in sockets {
                 vsock::measure(socket, way, seconds)?;
             }
-            let [ours, peer] = in_turn(&name, self.effort.rounds, |who| vsock::measure(&sockets[who], way, seconds))?;
+            let [ours, peer] = in_turn(&name, self.effort.rounds, |who| {
+                let mark = clock.mark();
+                Ok(vsock::measure(&sockets[who], way, seconds)? * clock.stretch(&mark)?)
+            })?;
             self.row(name, "MiB/s", ours, peer, "vhost-vsock", true);
         }
         Ok(())

@@ -55,6 +55,18 @@ impl Row {
         self.ours.median() / self.peer.median()
     }
 
+    /// In how many of the rounds, by themselves, the promise holds: how sure it is when the medians are noisy.
+    fn held(&self) -> usize {
+        let rounds = self.ours.values().iter().zip(self.peer.values());
+        let holds = |&(&ours, &peer): &(&f64, &f64)| match self.promise {
+            Promise::None => false,
+            Promise::RatioAtMost(limit) => ours / peer <= limit,
+            Promise::RatioAtLeast(limit) => ours / peer >= limit,
+            Promise::AtMost(limit) => ours <= limit,
+        };
+        rounds.filter(holds).count()
+    }
+
     /// What is wrong, if the promise is broken. A figure that is not a number breaks every promise.
     fn broken(&self) -> Option<String> {
         let (ratio, name) = (self.ratio(), &self.name);
@@ -123,8 +135,8 @@ impl Report {
     }
 }
 
-const COLUMNS: [&str; 11] =
-    ["name", "unit", "n", "p50", "p90", "p99", "max", "peer's p50", "ratio", "spread", "peer's spread"];
+const COLUMNS: [&str; 12] =
+    ["name", "unit", "n", "p50", "p90", "p99", "max", "peer's p50", "ratio", "spread", "peer's spread", "held"];
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -142,6 +154,8 @@ impl fmt::Display for Report {
             let mut line = vec![r.name.clone(), r.unit.to_owned(), r.ours.n().to_string()];
             line.extend(quantiles.map(value));
             line.extend([format!("{:.2}", r.ratio()), percent(r.ours.spread()), percent(r.peer.spread())]);
+            let held = if r.promise == Promise::None { "-".to_owned() } else { format!("{}/{}", r.held(), r.ours.n()) };
+            line.push(held);
             table.push(line);
         }
         let width = |column: usize| table.iter().map(|line| line[column].len()).max().unwrap_or(0);
@@ -158,8 +172,12 @@ impl fmt::Display for Report {
             writeln!(f, "{}  {peer}", cells.join("  ").trim_end())?;
         }
         writeln!(f, "spread: the middle half's width over the median; quantiles are of the values, by nearest rank")?;
+        writeln!(
+            f,
+            "held: rounds, A and B each once, in which the promise holds by itself; the medians' ratio decides"
+        )?;
         if self.facts.testbed {
-            writeln!(f, "*: MEANINGLESS but for the ratio: the host is emulated")?;
+            writeln!(f, "*: MEANINGLESS but for the ratio: the host is emulated, and its time is the CPU time it had")?;
         }
         for (name, line) in &self.commands {
             writeln!(f, "\n{name}:\n  {line}")?;
