@@ -1,5 +1,6 @@
-//! What a virtual processor starts with: identification, model-specific registers and boot registers.
+//! What a virtual processor starts with (identification, model-specific registers, boot registers), and what it has come to.
 
 pub mod cpuid;
 pub mod msr;
 pub mod registers;
+pub mod state;

@@ -6,6 +6,7 @@
 
 pub mod interrupts;
 pub mod slots;
+pub mod state;
 
 use std::io;
 use std::path::Path;

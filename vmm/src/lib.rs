@@ -22,6 +22,8 @@ pub mod machine;
 pub mod memory;
 pub mod preflight;
 pub mod resources;
+pub mod saved;
 pub mod server;
+pub mod state;
 pub mod supervisor;
 pub mod vcpu;

@@ -5,31 +5,35 @@
 //!            (pure)    (fds, locks)
 //! ```
 //!
+//! A saved machine ([`state`]) takes the other road: the same board, with the state in place of a kernel.
+//!
 //! A reset drops the machine and builds the next from the same resources: the guest finds memory, vCPUs and devices as after
 //! power-on, and no state can leak from one boot into the next.
 //!
 //! Invariants: the vCPUs end before anything that they use; [`Machine::pause`] returns only when no vCPU is in the guest and no
 //! device touches its memory.
 
-use std::collections::BTreeMap;
+mod meters;
+pub mod state;
+
 use std::io;
 use std::sync::Arc;
 
-use civic_api::{BALLOON_STEP_BYTES, DeviceInfo, VcpuInfo, VmConfig};
+use civic_api::{BALLOON_STEP_BYTES, MacAddr, NetConfig, VmConfig};
 use civic_devices::acpi::power::{self, I8042Reset, PowerEvents, PowerManagement, ResetEvents};
 use civic_devices::acpi::tables::{self, AcpiConfig};
 use civic_devices::bus::{Bus, BusDevice, BusError};
-use civic_devices::counters::Counters;
 use civic_devices::pci::Slot;
 use civic_devices::pci::root::{ConfigPorts, ECAM_LEN, Ecam, PORTS, PORTS_LEN, PciRoot, SlotError};
 use civic_devices::serial::{SERIAL_PORTS, SerialPort};
+use civic_devices::virtio::VirtioDevice;
 use civic_devices::virtio::balloon::{Balloon, BalloonControl};
 use civic_devices::virtio::block::{Block, BlockOptions};
 use civic_devices::virtio::console::Console;
 use civic_devices::virtio::net::{Mac, Net};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
 use civic_devices::virtio::rng::Rng;
-use civic_devices::virtio::{DeviceType, VirtioDevice};
+use civic_fork::lazy::LazyMemory;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use tracing::info;
@@ -39,6 +43,7 @@ use crate::boot::{BootError, BootParams};
 use crate::cpu::cpuid::{CpuidError, CpuidTemplate};
 use crate::cpu::msr::{self, MsrError};
 use crate::cpu::registers::{self, BootRegisters, RegistersError};
+use crate::cpu::state::{VcpuShape, VcpuStateError};
 use crate::identity::Identity;
 use crate::kvm::interrupts::{Interrupts, Messages};
 use crate::kvm::{self, IoEvents, KvmError};
@@ -46,6 +51,8 @@ use crate::layout::{self, Gpa, Layout, LayoutError};
 use crate::memory::{Memory, MemoryError};
 use crate::resources::Resources;
 use crate::vcpu::{Buses, Gate, VcpuEvent, Vcpus};
+
+pub use self::meters::Meters;
 
 /// What the guest did that ends this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +83,8 @@ pub enum BuildError {
     Msr(#[from] MsrError),
     #[error(transparent)]
     Registers(#[from] RegistersError),
+    #[error("cannot use this host's KVM for a vCPU")]
+    Vcpu(#[source] VcpuStateError),
     #[error("cannot place a device")]
     Bus(#[from] BusError),
     #[error(transparent)]
@@ -124,22 +133,41 @@ struct Plugged {
 pub struct Machine {
     // Dropped first: no vCPU may run while the rest goes.
     vcpus: Vcpus,
+    /// Dropped while the vCPUs are gone and the devices shut down, as it demands.
+    lazy: Option<Arc<LazyMemory>>,
     plugged: Vec<Plugged>,
     serial: Arc<SerialPort>,
     power: Arc<PowerManagement>,
     identity: Identity,
     balloon: Option<BalloonControl>,
     /// Kept here alone: the ways into it do not keep it.
-    _root: Arc<PciRoot>,
-    _vm: Arc<VmFd>,
-    _memory: Memory,
+    root: Arc<PciRoot>,
+    cpuid: CpuidTemplate,
+    shape: VcpuShape,
+    vm: Arc<VmFd>,
+    memory: Memory,
 }
 
-impl Machine {
-    /// Builds a machine at its power-on state; `report` is called, from any thread, with what the guest does that ends it.
-    pub fn build(
+/// What becomes a machine: all of it but the vCPUs, at power-on.
+struct Board {
+    layout: Layout,
+    memory: Memory,
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    interrupts: Arc<Interrupts>,
+    cpuid: CpuidTemplate,
+    gate: Arc<Gate>,
+    buses: Buses,
+    root: Arc<PciRoot>,
+    power: Arc<PowerManagement>,
+    serial: Arc<SerialPort>,
+}
+
+impl Board {
+    /// Memory, interrupt controllers, buses and what every machine has on them.
+    fn new(
         config: &VmConfig,
-        resources: &mut Resources,
+        resources: &Resources,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Self, BuildError> {
         let layout = Layout::new(config.memory_bytes)?;
@@ -152,7 +180,7 @@ impl Machine {
 
         let interrupts = Interrupts::new(Arc::clone(&vm)).map_err(io_error("the interrupt routing"))?;
         let gate = Gate::new();
-        let wires = Arc::new(Wires { gate: Arc::clone(&gate), report: report.clone() });
+        let wires = Arc::new(Wires { gate: Arc::clone(&gate), report });
 
         let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
         let root = PciRoot::new(Arc::clone(&buses.mmio));
@@ -167,51 +195,98 @@ impl Machine {
         let serial = Arc::new(SerialPort::new(Arc::clone(&resources.serial), interrupts.line(layout::COM1_IRQ)));
         resources.serial.connect_input(Arc::clone(&serial) as _);
         buses.pio.insert(u64::from(layout::COM1_PORT), SERIAL_PORTS, Arc::clone(&serial) as Arc<dyn BusDevice>)?;
+        Ok(Self { layout, memory, kvm, vm, interrupts, cpuid, gate, buses, root, power, serial })
+    }
 
-        let mut plugged = Vec::new();
-        let doorbells = Arc::new(IoEvents(Arc::clone(&vm)));
-        let balloon = balloon(config, &memory)?;
-        let balloon_control = balloon.as_ref().map(Balloon::control);
-        for (id, device) in virtio_devices(config, resources, balloon)? {
-            let slot = root.free_slot()?;
-            let base = layout.mmio32().start.0 + BAR_LEN * u64::from(slot.0);
-            let messages = Messages(Arc::clone(&interrupts));
-            let ram = Arc::clone(&memory.ram);
-            let function = VirtioPci::new(&id, device, base, ram, &messages, doorbells.clone())
-                .map_err(io_error("a PCI function"))?;
-            let function = Arc::new(function);
-            root.plug(slot, Arc::clone(&function) as _)?;
-            plugged.push(Plugged { slot, function });
-        }
+    /// The devices that are functions of the PCI bus, in slot order, and what sets the balloon's size.
+    fn devices(
+        &self,
+        config: &VmConfig,
+        resources: &Resources,
+    ) -> Result<(Vec<Named>, Option<BalloonControl>), BuildError> {
+        let balloon = balloon(config, &self.memory)?;
+        let control = balloon.as_ref().map(Balloon::control);
+        Ok((virtio_devices(config, resources, balloon)?, control))
+    }
 
-        let identity = Identity::fresh(&memory.ram, &power).map_err(io_error("the machine's identity"))?;
-        let entry = load(config, resources, &layout, &memory, &cpuid)?;
-        let boot = BootRegisters::new(&entry);
-        boot.write_tables(&memory.ram)?;
-        let msrs = kvm.get_msr_index_list().map_err(KvmError::refused("list its MSRs"))?;
-        let mut fds = Vec::new();
-        for index in 0..config.cpus {
-            let fd = vm.create_vcpu(u64::from(index)).map_err(KvmError::refused("create a vCPU"))?;
-            prepare(&fd, index, &cpuid, msrs.as_slice(), &boot)?;
-            fds.push(fd);
-        }
+    /// A function for a virtio device, to be plugged into `slot`.
+    fn function(&self, id: &str, device: Box<dyn VirtioDevice>, slot: Slot) -> Result<Arc<VirtioPci>, BuildError> {
+        let base = self.layout.mmio32().start.0 + BAR_LEN * u64::from(slot.0);
+        let messages = Messages(Arc::clone(&self.interrupts));
+        let doorbells = Arc::new(IoEvents(Arc::clone(&self.vm)));
+        let function = VirtioPci::new(id, device, base, Arc::clone(&self.memory.ram), &messages, doorbells);
+        Ok(Arc::new(function.map_err(io_error("a PCI function"))?))
+    }
+
+    fn shape(&self) -> Result<VcpuShape, BuildError> {
+        let xsave2 = self.vm.check_extension_raw(VcpuShape::XSAVE2);
+        VcpuShape::new(&self.kvm, xsave2).map_err(BuildError::Vcpu)
+    }
+
+    /// The machine, parked.
+    fn finish(
+        self,
+        fds: Vec<VcpuFd>,
+        plugged: Vec<Plugged>,
+        balloon: Option<BalloonControl>,
+        identity: Identity,
+        lazy: Option<LazyMemory>,
+        report: impl Fn(GuestEvent) + Clone + Send + 'static,
+    ) -> Result<Machine, BuildError> {
         let tell = move |event| match event {
             VcpuEvent::Reset => report(GuestEvent::Reset),
             VcpuEvent::Failed(why) => report(GuestEvent::Failed(why)),
         };
+        let shape = self.shape()?;
+        let Self { memory, vm, cpuid, gate, buses, root, power, serial, .. } = self;
         let vcpus = Vcpus::spawn(fds, gate, &buses, tell).map_err(io_error("a vCPU thread"))?;
-        info!(cpus = config.cpus, memory = config.memory_bytes, "machine built");
-        Ok(Self {
+        Ok(Machine {
             vcpus,
+            lazy: lazy.map(Arc::new),
             plugged,
             serial,
             power,
             identity,
-            balloon: balloon_control,
-            _root: root,
-            _vm: vm,
-            _memory: memory,
+            balloon,
+            root,
+            cpuid,
+            shape,
+            vm,
+            memory,
         })
+    }
+}
+
+impl Machine {
+    /// Builds a machine at its power-on state; `report` is called, from any thread, with what the guest does that ends it.
+    pub fn build(
+        config: &VmConfig,
+        resources: &mut Resources,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Self, BuildError> {
+        let board = Board::new(config, resources, report.clone())?;
+        let mut plugged = Vec::new();
+        let (devices, balloon) = board.devices(config, resources)?;
+        for (id, device) in devices {
+            let slot = board.root.free_slot()?;
+            let function = board.function(&id, device, slot)?;
+            board.root.plug(slot, Arc::clone(&function) as _)?;
+            plugged.push(Plugged { slot, function });
+        }
+        let identity = Identity::fresh(&board.memory.ram, &board.power).map_err(io_error("the machine's identity"))?;
+        let entry = load(config, resources, &board.layout, &board.memory, &board.cpuid)?;
+        let boot = BootRegisters::new(&entry);
+        boot.write_tables(&board.memory.ram)?;
+        let msrs = board.kvm.get_msr_index_list().map_err(KvmError::refused("list its MSRs"))?;
+        let mut fds = Vec::new();
+        for index in 0..config.cpus {
+            let fd = board.vm.create_vcpu(u64::from(index)).map_err(KvmError::refused("create a vCPU"))?;
+            prepare(&fd, index, &board.cpuid, msrs.as_slice(), &boot)?;
+            fds.push(fd);
+        }
+        let machine = board.finish(fds, plugged, balloon, identity, None, report)?;
+        info!(cpus = config.cpus, memory = config.memory_bytes, "machine built");
+        Ok(machine)
     }
 
     /// Lets devices and vCPUs run.
@@ -247,98 +322,16 @@ impl Machine {
     pub fn balloon(&self) -> Option<&BalloonControl> {
         self.balloon.as_ref()
     }
-
-    /// The counters of devices and vCPUs, which outlive the machine.
-    pub fn meters(&self) -> Meters {
-        let tally = |counters| Tally { counters, carried: BTreeMap::new() };
-        let serial = tally(self.serial.counters());
-        let mut devices = vec![Meter { id: "serial".into(), kind: "serial", address: None, tally: serial }];
-        for Plugged { slot, function } in &self.plugged {
-            let kind = match function.kind() {
-                DeviceType::Net => "net",
-                DeviceType::Block => "blk",
-                DeviceType::Console => "console",
-                DeviceType::Rng => "rng",
-                DeviceType::Balloon => "balloon",
-                DeviceType::Vsock => "vsock",
-            };
-            let (id, address) = (function.id().to_owned(), Some(slot.to_string()));
-            devices.push(Meter { id, kind, address, tally: tally(function.counters()) });
-        }
-        let vcpus = self.vcpus.exits().iter().map(|exits| tally(Arc::clone(exits) as Arc<dyn Counters>)).collect();
-        Meters { devices, vcpus }
-    }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Device threads go while vCPUs are parked; the vCPU threads end when their field is dropped.
+        // Device threads go while vCPUs are parked; the vCPU threads end when their field is dropped. A thread that waits for memory
+        // that is still being loaded gets it.
         self.vcpus.pause();
         for plugged in &self.plugged {
             plugged.function.shut_down();
         }
-    }
-}
-
-/// Counters of one machine, and what its predecessors' had come to.
-struct Tally {
-    counters: Arc<dyn Counters>,
-    carried: BTreeMap<String, u64>,
-}
-
-impl Tally {
-    fn read(&self) -> BTreeMap<String, u64> {
-        let mut sums = self.carried.clone();
-        for (name, value) in self.counters.read() {
-            *sums.entry(name.into()).or_default() += value;
-        }
-        sums
-    }
-}
-
-struct Meter {
-    id: String,
-    kind: &'static str,
-    address: Option<String>,
-    tally: Tally,
-}
-
-/// Reads the counters of a machine and of those before it: a reset does not set them back.
-#[derive(Default)]
-pub struct Meters {
-    devices: Vec<Meter>,
-    vcpus: Vec<Tally>,
-}
-
-impl Meters {
-    /// Counts on from what `before`, of the machine that this one replaces, had come to.
-    #[must_use]
-    pub fn after(mut self, before: &Self) -> Self {
-        // The same configuration makes the same devices in the same order.
-        for (meter, before) in self.devices.iter_mut().zip(&before.devices) {
-            meter.tally.carried = before.tally.read();
-        }
-        for (tally, before) in self.vcpus.iter_mut().zip(&before.vcpus) {
-            tally.carried = before.read();
-        }
-        self
-    }
-
-    /// The devices as the API shows them.
-    pub fn devices(&self) -> Vec<DeviceInfo> {
-        let info = |meter: &Meter| DeviceInfo {
-            id: meter.id.clone(),
-            kind: meter.kind.into(),
-            address: meter.address.clone(),
-            counters: meter.tally.read(),
-        };
-        self.devices.iter().map(info).collect()
-    }
-
-    /// The vCPUs as the API shows them.
-    pub fn vcpus(&self) -> Vec<VcpuInfo> {
-        let info = |(index, tally): (usize, &Tally)| VcpuInfo { index: index as u32, exits: tally.read() };
-        self.vcpus.iter().enumerate().map(info).collect()
     }
 }
 
@@ -356,8 +349,7 @@ fn virtio_devices(
         devices.push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened), BlockOptions::default()))));
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
-        let derived = || Mac::derived(&format!("{}/{}", config.name, net.id));
-        let mac = net.mac.map_or_else(derived, |mac| Mac(mac.0));
+        let mac = Mac(effective_mac(config, net).0);
         devices.push((net.id.clone(), Box::new(Net::new(&net.id, Arc::clone(tap) as _, mac))));
     }
     let console = Console::new(Arc::clone(&resources.hvc)).map_err(io_error("the console"))?;
@@ -373,6 +365,11 @@ fn balloon(config: &VmConfig, memory: &Memory) -> Result<Option<Balloon>, BuildE
     // What validation lets through is less than MAX_MEMORY, so its pages can be counted.
     let pages = (wanted.target_bytes / BALLOON_STEP_BYTES) as u32;
     Balloon::new(memory.page_release(), pages).map(Some).map_err(io_error("the balloon"))
+}
+
+/// The address that a network card has: the configured one, or one made from the VM's name and the card's id.
+pub fn effective_mac(config: &VmConfig, net: &NetConfig) -> MacAddr {
+    net.mac.unwrap_or_else(|| MacAddr(Mac::derived(&format!("{}/{}", config.name, net.id)).0))
 }
 
 /// Puts the guest's kernel, initial RAM disk, command line and ACPI tables into memory.

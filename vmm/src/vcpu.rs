@@ -12,12 +12,16 @@
 //! Invariants: nothing in the exit path waits for the API, a disk or another vCPU (a device's reset may wait for that device's
 //! own requests); a parked vCPU has completed the I/O instruction it left on, so its registers may be read and written.
 //!
+//! A parked thread can be given work on its vCPU ([`Vcpus::each`]): a vCPU's ioctls belong on its own thread, and all work at once.
+//!
 //! Lock order: the gate's mutex is a leaf.
 
 mod kick;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
@@ -66,10 +70,15 @@ enum Mode {
     End,
 }
 
+/// Work on a parked vCPU.
+type Job = Box<dyn FnOnce(&VcpuFd) + Send>;
+
 struct GateState {
     mode: Mode,
     parked: usize,
-    ended: usize,
+    ended: BTreeSet<usize>,
+    /// By vCPU.
+    jobs: BTreeMap<usize, Job>,
 }
 
 /// Says whether vCPUs may run. Shared by a machine's vCPUs, and by devices that end the machine.
@@ -83,7 +92,7 @@ pub struct Gate {
 impl Gate {
     /// A gate that is shut.
     pub fn new() -> Arc<Self> {
-        let state = GateState { mode: Mode::Park, parked: 0, ended: 0 };
+        let state = GateState { mode: Mode::Park, parked: 0, ended: BTreeSet::new(), jobs: BTreeMap::new() };
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), open: AtomicBool::new(false) })
     }
 
@@ -110,13 +119,19 @@ impl Gate {
         self.open.load(Ordering::SeqCst)
     }
 
-    /// Parks until the gate opens; false when the machine ends.
-    fn park(&self) -> bool {
+    /// Parks vCPU `index` until the gate opens, doing the jobs that come; false when the machine ends.
+    fn park(&self, index: usize, fd: &VcpuFd) -> bool {
         let mut state = self.state();
         state.parked += 1;
         self.changed.notify_all();
         while state.mode == Mode::Park {
-            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            if let Some(job) = state.jobs.remove(&index) {
+                drop(state);
+                job(fd);
+                state = self.state();
+            } else {
+                state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            }
         }
         state.parked -= 1;
         state.mode == Mode::Run
@@ -124,11 +139,13 @@ impl Gate {
 }
 
 /// Counts a thread as ended, however it ends.
-struct Leave(Arc<Gate>);
+struct Leave(Arc<Gate>, usize);
 
 impl Drop for Leave {
     fn drop(&mut self) {
-        self.0.state().ended += 1;
+        let mut state = self.0.state();
+        state.ended.insert(self.1);
+        state.jobs.remove(&self.1);
         self.0.changed.notify_all();
     }
 }
@@ -190,10 +207,29 @@ impl Vcpus {
         self.wait_parked();
     }
 
+    /// Does `work` on every vCPU, each on its own thread, at the same time; by vCPU, none for one whose thread has ended. The vCPUs must
+    /// be paused.
+    pub fn each<T: Send + 'static>(&self, work: impl Fn(&VcpuFd) -> T + Send + Sync + 'static) -> Vec<Option<T>> {
+        let work = Arc::new(work);
+        let give = |index| {
+            let (done, wait) = sync_channel(1);
+            let work = Arc::clone(&work);
+            let job = Box::new(move |fd: &VcpuFd| drop(done.send(work(fd))));
+            let mut state = self.gate.state();
+            if !state.ended.contains(&index) {
+                state.jobs.insert(index, job);
+            }
+            wait
+        };
+        let waits: Vec<_> = (0..self.threads.len()).map(give).collect();
+        self.gate.changed.notify_all();
+        waits.into_iter().map(|wait| wait.recv().ok()).collect()
+    }
+
     fn wait_parked(&self) {
         let all = self.threads.len();
         let mut state = self.gate.state();
-        while state.parked + state.ended < all {
+        while state.parked + state.ended.len() < all {
             state = self.gate.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
     }
@@ -237,7 +273,7 @@ struct Vcpu<R> {
 
 impl<R: Fn(VcpuEvent)> Vcpu<R> {
     fn run(mut self) {
-        let _leave = Leave(Arc::clone(&self.gate));
+        let _leave = Leave(Arc::clone(&self.gate), self.index);
         let page = RunPage::enter(&mut self.fd);
         loop {
             // A kick between here and KVM_RUN sets the flag again, and one before here has changed the gate.
@@ -249,7 +285,7 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
                 if tracing::enabled!(tracing::Level::DEBUG) {
                     debug!("parks {}", self.place());
                 }
-                if !self.gate.park() {
+                if !self.gate.park(self.index, &self.fd) {
                     return;
                 }
                 completed

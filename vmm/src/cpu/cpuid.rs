@@ -7,6 +7,9 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+
+use crate::state::Section;
 
 /// The most vCPUs a machine may have.
 pub const MAX_CPUS: u8 = 16;
@@ -38,9 +41,26 @@ pub enum CpuidError {
         /// How many.
         entries: usize,
     },
+    /// A saved guest knows a processor of another maker.
+    #[error("the VM was saved on a processor of another vendor")]
+    OtherVendor,
+    /// A saved guest knows features that this host has not.
+    #[error("the VM was saved on a processor with features that this one lacks (CPUID leaf: bits of eax to edx): {}", .0.join("; "))]
+    Lost(Vec<String>),
     /// KVM refused the table.
     #[error("KVM_SET_CPUID2 failed")]
     Kvm(#[source] kvm_ioctls::Error),
+}
+
+/// A saved table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CpuidStateV1 {
+    /// As KVM takes them, before they name a vCPU.
+    pub entries: Vec<kvm_cpuid_entry2>,
+}
+
+impl Section for CpuidStateV1 {
+    const VERSION: u16 = 1;
 }
 
 /// The table that all vCPUs of a machine share, up to what names one of them.
@@ -76,6 +96,40 @@ impl CpuidTemplate {
             }
         }
         Ok(Self { entries, cpus })
+    }
+
+    /// The table as a state has it.
+    pub fn save(&self) -> CpuidStateV1 {
+        CpuidStateV1 { entries: self.entries.clone() }
+    }
+
+    /// The table of a machine that was saved, if this host, whose own is `self`, has every feature that the guest has been told of.
+    ///
+    /// # Errors
+    /// When the processor is another one.
+    pub fn restore(&self, saved: CpuidStateV1) -> Result<Self, CpuidError> {
+        let mut lost = Vec::new();
+        for entry in &saved.entries {
+            let here = self.entries.iter().find(|e| (e.function, e.index) == (entry.function, entry.index));
+            let here = here.copied().unwrap_or_default();
+            let missing = match (entry.function, entry.index) {
+                (0, _) if (entry.ebx, entry.ecx, entry.edx) != (here.ebx, here.ecx, here.edx) => {
+                    return Err(CpuidError::OtherVendor);
+                }
+                (1 | 0x8000_0001, _) => [0, 0, entry.ecx & !here.ecx, entry.edx & !here.edx],
+                (7, 0) => [0, entry.ebx & !here.ebx, entry.ecx & !here.ecx, entry.edx & !here.edx],
+                (7, _) => [entry.eax & !here.eax, entry.ebx & !here.ebx, entry.ecx & !here.ecx, entry.edx & !here.edx],
+                (0xd, 0) => [entry.eax & !here.eax, 0, 0, entry.edx & !here.edx],
+                (0xd, 1) => [entry.eax & !here.eax, 0, entry.ecx & !here.ecx, entry.edx & !here.edx],
+                (0x4000_0001, _) => [entry.eax & !here.eax, 0, 0, 0],
+                (0x8000_0008, _) => [0, entry.ebx & !here.ebx, 0, 0],
+                _ => [0; 4],
+            };
+            if missing != [0; 4] {
+                lost.push(format!("{:#x}.{}: {missing:x?}", entry.function, entry.index));
+            }
+        }
+        if lost.is_empty() { Ok(Self { entries: saved.entries, cpus: self.cpus }) } else { Err(CpuidError::Lost(lost)) }
     }
 
     /// The table of vCPU `index`.

@@ -1,4 +1,4 @@
-//! Model-specific registers at boot.
+//! Model-specific registers: at boot, and those that make up a vCPU's state.
 
 use std::collections::BTreeSet;
 
@@ -16,6 +16,15 @@ const LSTAR: u32 = 0xc000_0082;
 const CSTAR: u32 = 0xc000_0083;
 const SYSCALL_MASK: u32 = 0xc000_0084;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+/// Variable and fixed memory-type ranges, which KVM has and older kernels do not list.
+const MTRRS: [std::ops::RangeInclusive<u32>; 4] = [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
+/// Control, status, address and miscellany of up to 32 machine-check banks, likewise.
+const MACHINE_CHECK_BANKS: std::ops::RangeInclusive<u32> = 0x400..=0x47f;
+/// The time stamp counter is saved beside these, as all vCPUs' together.
+const IA32_TSC: u32 = 0x10;
+/// The kernel's limit is 256 (`MAX_IO_MSRS`).
+const BATCH: usize = 64;
 
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// MTRRs on, fixed ranges off, write-back where none says otherwise: Linux turns PAT off while MTRRs are off.
@@ -74,6 +83,55 @@ pub fn apply(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), MsrError> {
         }
     }
     Ok(())
+}
+
+/// The registers that a vCPU's state has: all that KVM lists (`KVM_GET_MSR_INDEX_LIST`, its own paravirtual ones among them) and
+/// those it is known to have without listing them, without the time stamp counter.
+pub fn saved_msrs(listed: &[u32]) -> Vec<u32> {
+    let unlisted = MTRRS.into_iter().flatten().chain(MACHINE_CHECK_BANKS).chain([IA32_MTRR_DEF_TYPE, IA32_PAT]);
+    let all: BTreeSet<u32> = listed.iter().copied().chain(unlisted).filter(|index| *index != IA32_TSC).collect();
+    all.into_iter().collect()
+}
+
+/// The values of `indices`; a register that KVM does not give is left out.
+///
+/// # Errors
+/// When the call itself fails.
+pub fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, kvm_ioctls::Error> {
+    let mut values = Vec::new();
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(BATCH)];
+        let entries: Vec<_> = batch.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let Ok(mut msrs) = Msrs::from_entries(&entries) else { break };
+        let done = vcpu.get_msrs(&mut msrs)?;
+        values.extend(&msrs.as_slice()[..done]);
+        // KVM stops at the first one that it does not have.
+        rest = &rest[if done < batch.len() { done + 1 } else { done }..];
+    }
+    Ok(values)
+}
+
+/// Sets `entries`; returns the first that KVM refuses although it has another value now. One that it refuses to set to the value it
+/// has is read-only, and right.
+///
+/// # Errors
+/// When the call itself fails.
+pub fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<Option<kvm_msr_entry>, kvm_ioctls::Error> {
+    let mut rest = entries;
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(BATCH)];
+        let Ok(msrs) = Msrs::from_entries(batch) else { break };
+        let done = vcpu.set_msrs(&msrs)?;
+        if let Some(refused) = batch.get(done) {
+            let now = read(vcpu, &[refused.index])?;
+            if now.first().is_none_or(|now| now.data != refused.data) {
+                return Ok(Some(*refused));
+            }
+        }
+        rest = &rest[if done < batch.len() { done + 1 } else { done }..];
+    }
+    Ok(None)
 }
 
 #[cfg(test)]

@@ -1,0 +1,95 @@
+//! The counters of a machine's devices and vCPUs, for the API.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use civic_api::{DeviceInfo, VcpuInfo};
+use civic_devices::counters::Counters;
+use civic_devices::virtio::DeviceType;
+
+use super::{Machine, Plugged};
+
+/// Counters of one machine, and what its predecessors' had come to.
+struct Tally {
+    counters: Arc<dyn Counters>,
+    carried: BTreeMap<String, u64>,
+}
+
+impl Tally {
+    fn read(&self) -> BTreeMap<String, u64> {
+        let mut sums = self.carried.clone();
+        for (name, value) in self.counters.read() {
+            *sums.entry(name.into()).or_default() += value;
+        }
+        sums
+    }
+}
+
+struct Meter {
+    id: String,
+    kind: &'static str,
+    address: Option<String>,
+    tally: Tally,
+}
+
+/// Reads the counters of a machine and of those before it: a reset does not set them back.
+#[derive(Default)]
+pub struct Meters {
+    devices: Vec<Meter>,
+    vcpus: Vec<Tally>,
+}
+
+impl Meters {
+    /// Counts on from what `before`, of the machine that this one replaces, had come to.
+    #[must_use]
+    pub fn after(mut self, before: &Self) -> Self {
+        // The same configuration makes the same devices in the same order.
+        for (meter, before) in self.devices.iter_mut().zip(&before.devices) {
+            meter.tally.carried = before.tally.read();
+        }
+        for (tally, before) in self.vcpus.iter_mut().zip(&before.vcpus) {
+            tally.carried = before.read();
+        }
+        self
+    }
+
+    /// The devices as the API shows them.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        let info = |meter: &Meter| DeviceInfo {
+            id: meter.id.clone(),
+            kind: meter.kind.into(),
+            address: meter.address.clone(),
+            counters: meter.tally.read(),
+        };
+        self.devices.iter().map(info).collect()
+    }
+
+    /// The vCPUs as the API shows them.
+    pub fn vcpus(&self) -> Vec<VcpuInfo> {
+        let info = |(index, tally): (usize, &Tally)| VcpuInfo { index: index as u32, exits: tally.read() };
+        self.vcpus.iter().enumerate().map(info).collect()
+    }
+}
+
+impl Machine {
+    /// The counters of devices and vCPUs, which outlive the machine.
+    pub fn meters(&self) -> Meters {
+        let tally = |counters| Tally { counters, carried: BTreeMap::new() };
+        let serial = tally(self.serial.counters());
+        let mut devices = vec![Meter { id: "serial".into(), kind: "serial", address: None, tally: serial }];
+        for Plugged { slot, function } in &self.plugged {
+            let kind = match function.kind() {
+                DeviceType::Net => "net",
+                DeviceType::Block => "blk",
+                DeviceType::Console => "console",
+                DeviceType::Rng => "rng",
+                DeviceType::Balloon => "balloon",
+                DeviceType::Vsock => "vsock",
+            };
+            let (id, address) = (function.id().to_owned(), Some(slot.to_string()));
+            devices.push(Meter { id, kind, address, tally: tally(function.counters()) });
+        }
+        let vcpus = self.vcpus.exits().iter().map(|exits| tally(Arc::clone(exits) as Arc<dyn Counters>)).collect();
+        Meters { devices, vcpus }
+    }
+}

@@ -1,0 +1,223 @@
+//! A machine's state: taken from one that is paused, given to a board in place of a kernel.
+//!
+//! ```text
+//! save:     pause ─▶ vCPUs (each on its thread) ─▶ interrupt controllers, clock ─▶ board devices ─▶ PCI functions
+//! restore:  board ─▶ memory ─▶ functions ─▶ vCPUs ─▶ interrupt controllers, clock ─▶ board devices ─▶ nudge ─▶ parked machine
+//! ```
+//!
+//! Nothing is in flight in a paused machine, so memory and state together are all of it. Interrupts that a device had raised are in the
+//! local APICs, which are therefore saved after the devices were drained and restored after the functions' vectors were routed; one that
+//! KVM had not delivered yet is made up for by the nudge.
+
+use std::sync::Arc;
+
+use civic_api::VmConfig;
+use civic_devices::acpi::power::PowerStateV1;
+use civic_devices::pci::Slot;
+use civic_devices::pci::root::PciRootStateV1;
+use civic_devices::serial::{FifoTooLong, SerialStateV1};
+use civic_devices::virtio::state::{StateError as DeviceStateError, VirtioPciStateV1};
+use civic_fork::lazy::LazyMemory;
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use super::{Board, BuildError, GuestEvent, Machine, Plugged, io_error};
+use crate::cpu::cpuid::CpuidStateV1;
+use crate::cpu::state::{ClockLeader, VcpuStateError, VcpuStateV1};
+use crate::identity::Identity;
+use crate::kvm::KvmError;
+use crate::kvm::state::KvmStateV1;
+use crate::layout;
+use crate::memory::Memory;
+use crate::resources::Resources;
+use crate::state::{Section, Sections, StateError};
+
+const CPUID: &str = "cpuid";
+const KVM: &str = "kvm";
+const POWER: &str = "power";
+const SERIAL: &str = "serial";
+const PCI: &str = "pci";
+
+fn vcpu(index: usize) -> String {
+    format!("vcpu{index}")
+}
+
+fn device(id: &str) -> String {
+    format!("device/{id}")
+}
+
+/// A PCI function in its place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionStateV1 {
+    /// Device number on bus 0.
+    pub slot: u8,
+    /// The function.
+    pub function: VirtioPciStateV1,
+}
+
+impl Section for FunctionStateV1 {
+    const VERSION: u16 = 1;
+}
+
+impl Section for PowerStateV1 {
+    const VERSION: u16 = 1;
+}
+
+impl Section for SerialStateV1 {
+    const VERSION: u16 = 1;
+}
+
+impl Section for PciRootStateV1 {
+    const VERSION: u16 = 1;
+}
+
+/// Why a machine's state cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// A vCPU's.
+    #[error("cannot read the state of vCPU {index}")]
+    Vcpu {
+        /// Which.
+        index: usize,
+        /// Why.
+        #[source]
+        source: VcpuStateError,
+    },
+    /// A vCPU whose thread has ended.
+    #[error("vCPU {0} has failed: it has no state")]
+    Ended(usize),
+    /// The VM's.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+/// Why a machine cannot be made from a state.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // The sources say it.
+pub enum RestoreError {
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("cannot restore vCPU {index}")]
+    Vcpu {
+        index: usize,
+        #[source]
+        source: VcpuStateError,
+    },
+    #[error("cannot restore device '{id}'")]
+    Device {
+        id: String,
+        #[source]
+        source: DeviceStateError,
+    },
+    #[error(transparent)]
+    Serial(#[from] FifoTooLong),
+    #[error("the PCI host bridge's state is of another one")]
+    Bridge,
+}
+
+impl From<KvmError> for RestoreError {
+    fn from(error: KvmError) -> Self {
+        Self::Build(error.into())
+    }
+}
+
+impl Machine {
+    /// The state of everything but memory. The machine must be paused.
+    ///
+    /// # Errors
+    /// When KVM refuses to tell.
+    pub fn save(&self) -> Result<Sections, SaveError> {
+        let mut sections = Sections::default();
+        let shape = self.shape.clone();
+        for (index, state) in self.vcpus.each(move |fd| shape.save(fd)).into_iter().enumerate() {
+            let state = state.ok_or(SaveError::Ended(index))?;
+            sections.put(vcpu(index), &state.map_err(|source| SaveError::Vcpu { index, source })?);
+        }
+        sections.put(KVM, &KvmStateV1::save(&self.vm)?);
+        sections.put(CPUID, &self.cpuid.save());
+        sections.put(POWER, &self.power.save());
+        sections.put(SERIAL, &self.serial.save());
+        sections.put(PCI, &self.root.save());
+        for Plugged { slot, function } in &self.plugged {
+            sections.put(device(function.id()), &FunctionStateV1 { slot: slot.0, function: function.save() });
+        }
+        Ok(sections)
+    }
+
+    /// Builds the machine that `sections` are of, paused. `fill` has its memory appear, at once or while it runs.
+    ///
+    /// # Errors
+    /// When the state is not of a machine of this configuration, or this host cannot carry it.
+    pub fn restore<E: From<RestoreError>>(
+        config: &VmConfig,
+        resources: &mut Resources,
+        sections: &mut Sections,
+        fill: impl FnOnce(&Memory) -> Result<Option<LazyMemory>, E>,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Self, E> {
+        let mut board = Board::new(config, resources, report.clone()).map_err(RestoreError::from)?;
+        let cpuid: CpuidStateV1 = sections.take(CPUID).map_err(RestoreError::from)?;
+        board.cpuid = board.cpuid.restore(cpuid).map_err(|e| RestoreError::Build(e.into()))?;
+        let lazy = fill(&board.memory)?;
+        Ok(Self::revive(board, config, resources, sections, lazy, report)?)
+    }
+
+    fn revive(
+        board: Board,
+        config: &VmConfig,
+        resources: &Resources,
+        sections: &mut Sections,
+        lazy: Option<LazyMemory>,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Self, RestoreError> {
+        if !board.root.restore(&sections.take(PCI)?) {
+            return Err(RestoreError::Bridge);
+        }
+        let mut plugged = Vec::new();
+        let (devices, balloon) = board.devices(config, resources)?;
+        for (id, virtio) in devices {
+            let saved: FunctionStateV1 = sections.take(&device(&id))?;
+            let slot = Slot(saved.slot);
+            let function = board.function(&id, virtio, slot)?;
+            function.restore(saved.function).map_err(|source| RestoreError::Device { id, source })?;
+            board.root.plug(slot, Arc::clone(&function) as _).map_err(BuildError::from)?;
+            board.root.settle(slot);
+            plugged.push(Plugged { slot, function });
+        }
+        let shape = board.shape()?;
+        let (mut fds, mut clock) = (Vec::new(), ClockLeader::default());
+        for index in 0..config.cpus {
+            let fd = board.vm.create_vcpu(u64::from(index)).map_err(KvmError::refused("create a vCPU"))?;
+            board.cpuid.apply(index, &fd).map_err(BuildError::from)?;
+            let state: VcpuStateV1 = sections.take(&vcpu(index.into()))?;
+            let failed = |source| RestoreError::Vcpu { index: index.into(), source };
+            shape.restore(&fd, &state, &mut clock).map_err(failed)?;
+            // So that the guest's watchdogs know why so much time has passed. A guest without kvmclock has no way to be told.
+            let _ = fd.kvmclock_ctrl();
+            fds.push(fd);
+        }
+        sections.take::<KvmStateV1>(KVM)?.restore(&board.vm)?;
+        board.serial.restore(&sections.take(SERIAL)?, board.interrupts.line(layout::COM1_IRQ))?;
+        board.power.restore(&sections.take(POWER)?);
+        let identity = Identity::inherited(&board.memory.ram, &board.power);
+        let machine = board.finish(fds, plugged, balloon, identity, lazy, report)?;
+        machine.mark_disruption().map_err(io_error("the machine's identity"))?;
+        for plugged in &machine.plugged {
+            plugged.function.nudge();
+        }
+        info!(cpus = config.cpus, memory = config.memory_bytes, "machine restored");
+        Ok(machine)
+    }
+
+    /// The RAM. Until [`Machine::loading`] is none, only what goes through its mappings sees all of it.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// What still loads the memory of a machine that was restored; none when it is all there.
+    pub fn loading(&self) -> Option<Arc<LazyMemory>> {
+        self.lazy.clone().filter(|lazy| lazy.counters().bytes_left > 0)
+    }
+}
