@@ -7,16 +7,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::header::{CONNECTION, HOST, UPGRADE};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
 use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-use crate::{ErrorBody, VmInfo, routes};
+use crate::{ErrorBody, SaveReport, SaveRequest, VmInfo, routes};
 
 /// How long a monitor may take to answer. Longer than the monitor's own limits, whose errors say more.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(45);
@@ -109,6 +109,19 @@ impl Client {
         self.command(routes::KILL).await
     }
 
+    /// Saves the VM. Takes as long as writing its memory does; a monitor that ends breaks the connection.
+    pub async fn save(&self, request: &SaveRequest) -> Result<SaveReport, ClientError> {
+        let body = serde_json::to_vec(request).map_err(|error| ClientError::Protocol(error.to_string()))?;
+        let request = Request::post(routes::SAVE).header(CONTENT_TYPE, "application/json");
+        let response = self.send_body(request, body.into()).await?;
+        let status = response.status();
+        let body = read(response).await?;
+        if !status.is_success() {
+            return Err(refusal(status, &body));
+        }
+        serde_json::from_slice(&body).map_err(|error| ClientError::Protocol(error.to_string()))
+    }
+
     /// OpenMetrics (Prometheus) text.
     pub async fn metrics(&self) -> Result<String, ClientError> {
         text(self.fetch(Method::GET, routes::METRICS).await?)
@@ -153,6 +166,14 @@ impl Client {
     }
 
     async fn send(&self, request: hyper::http::request::Builder) -> Result<Response<Incoming>, ClientError> {
+        self.send_body(request, Bytes::new()).await
+    }
+
+    async fn send_body(
+        &self,
+        request: hyper::http::request::Builder,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 ClientError::NotRunning { socket: self.socket.clone(), source }
@@ -164,7 +185,7 @@ impl Client {
         tokio::spawn(connection.with_upgrades());
         let request = request
             .header(HOST, "civic")
-            .body(Empty::<Bytes>::new())
+            .body(Full::new(body))
             .map_err(|error| ClientError::Protocol(error.to_string()))?;
         sender.send_request(request).await.map_err(broken)
     }

@@ -28,6 +28,10 @@ pub enum ErrorCode {
     ImageUnusable,
     /// Another process uses the disk image.
     ImageLocked,
+    /// A saved VM is cut short, altered, of another version, or does not fit its disks or this host.
+    StateInvalid,
+    /// The directory to save to cannot be written or is not empty.
+    SaveFailed,
     /// The tap interface does not exist, is taken, or may not be used.
     TapUnavailable,
     /// `/dev/kvm` is missing, may not be opened or lacks a capability.
@@ -57,7 +61,11 @@ impl ErrorCode {
             Self::Timeout => 408,
             Self::NameInUse | Self::WrongState | Self::ImageLocked => 409,
             Self::TooLarge => 413,
-            Self::KernelUnusable | Self::ImageUnusable | Self::TapUnavailable => 422,
+            Self::KernelUnusable
+            | Self::ImageUnusable
+            | Self::StateInvalid
+            | Self::SaveFailed
+            | Self::TapUnavailable => 422,
             Self::Internal => 500,
             Self::Busy | Self::KvmUnavailable | Self::KvmCannotRunLinux => 503,
             Self::OutOfMemory => 507,

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::SaveProgress;
+
 /// Where a VM is in its life.
 ///
 /// ```text
@@ -60,6 +62,12 @@ pub enum EndReason {
     PoweredOff,
     /// Somebody asked for `kill`.
     Killed,
+    /// It was saved, and goes on where it is restored.
+    Saved {
+        /// Where to.
+        #[schema(value_type = String)]
+        directory: PathBuf,
+    },
     /// The monitor or KVM could not go on.
     Failed {
         /// What happened.
@@ -98,6 +106,9 @@ pub struct VmInfo {
     pub vcpus: Vec<VcpuInfo>,
     /// Names of its console ports.
     pub consoles: Vec<String>,
+    /// How far it is saved, while it is being saved; it stands still meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saving: Option<SaveProgress>,
     /// Why it ended, once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<EndReason>,

@@ -2,16 +2,19 @@
 //!
 //! ```text
 //!  civic run                                     civic-vmm --config - --dir RUN_DIR/NAME
-//!     │  VmConfig as JSON on stdin ──────────────►│  takes DIR/lock, binds DIR/api.sock, builds the VM
+//!     │  LaunchRequest as JSON on stdin ─────────►│  takes DIR/lock, binds DIR/api.sock, builds the VM
 //!     │◄──────────── one line of JSON on stdout ───│  Launch::Ready or Launch::Failed; then closes stdout
 //!     │  POST /v1/start over DIR/api.sock ────────►│
 //! ```
 //!
 //! Files of a VM's directory. All but the log go when the VM ends; the log stays when it ended badly.
 
-use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
-use crate::ErrorBody;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{ErrorBody, VmConfig};
 
 /// Held with `flock` as long as the monitor lives. A directory whose lock is free is nobody's.
 pub const LOCK_FILE: &str = "lock";
@@ -19,6 +22,97 @@ pub const LOCK_FILE: &str = "lock";
 pub const SOCKET_FILE: &str = "api.sock";
 /// The monitor's stderr.
 pub const LOG_FILE: &str = "vmm.log";
+
+/// What a monitor is started with: a VM to boot, or one to restore. Told apart by the field `restore`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LaunchRequest {
+    /// A VM to boot.
+    Boot(VmConfig),
+    /// A saved VM.
+    Restore(RestoreConfig),
+}
+
+impl LaunchRequest {
+    /// Reads the JSON of either.
+    ///
+    /// # Errors
+    /// What serde says of the one that it is.
+    pub fn from_json(text: &str) -> serde_json::Result<Self> {
+        let value: serde_json::Value = serde_json::from_str(text)?;
+        if value.get("restore").is_some() {
+            serde_json::from_str(text).map(Self::Restore)
+        } else {
+            serde_json::from_str(text).map(Self::Boot)
+        }
+    }
+
+    /// The JSON of either.
+    ///
+    /// # Errors
+    /// For a path that is not UTF-8.
+    pub fn to_json(&self) -> serde_json::Result<Vec<u8>> {
+        match self {
+            Self::Boot(config) => serde_json::to_vec(config),
+            Self::Restore(config) => serde_json::to_vec(config),
+        }
+    }
+}
+
+/// A saved VM to restore. Everything that is not given here is as it was saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// The VM's name from now on.
+    pub name: String,
+    /// The directory that it was saved to.
+    #[schema(value_type = String)]
+    pub restore: PathBuf,
+    /// Where disks' images are now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<MovedDisk>,
+    /// The taps that network cards are on now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<MovedNet>,
+    /// Where the kernel is now: the guest's next reset boots it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub kernel: Option<PathBuf>,
+    /// Where the initial RAM disk is now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// Restore although a writable disk has been written to since: its file system will be damaged unless it was copied at the moment of
+    /// saving.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_changed_disks: bool,
+    /// As in [`VmConfig`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub overcommit: bool,
+    /// As in [`VmConfig`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub any_kvm: bool,
+}
+
+/// A disk whose image is elsewhere now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MovedDisk {
+    /// Which.
+    pub id: String,
+    /// Where.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+}
+
+/// A network card that is on another tap now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MovedNet {
+    /// Which.
+    pub id: String,
+    /// On which.
+    pub tap: String,
+}
 
 /// The one line a monitor writes to stdout: `{"ready":true,"pid":42}` or `{"error":{…}}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

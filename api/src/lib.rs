@@ -18,6 +18,7 @@ mod info;
 pub mod launch;
 mod mac;
 pub mod routes;
+mod save;
 mod size;
 
 pub use config::{
@@ -29,4 +30,5 @@ pub use config::{
 pub use error::{ErrorBody, ErrorCode};
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};
 pub use mac::{MacAddr, MacAddrError};
+pub use save::{AfterSave, SaveProgress, SaveReport, SaveRequest};
 pub use size::{ByteSize, ByteSizeError};

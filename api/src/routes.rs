@@ -12,6 +12,8 @@ pub const RESUME: &str = "/v1/resume";
 pub const STOP: &str = "/v1/stop";
 /// `POST`: end the VM now, as if the plug were pulled.
 pub const KILL: &str = "/v1/kill";
+/// `POST` a [`crate::SaveRequest`]: save the VM. Answers with a [`crate::SaveReport`] when it is done.
+pub const SAVE: &str = "/v1/save";
 /// `GET`: Prometheus text.
 pub const METRICS: &str = "/v1/metrics";
 /// `GET`: the OpenAPI document.

@@ -13,12 +13,12 @@
 
 use std::sync::Arc;
 
-use civic_api::{ErrorBody, ErrorCode, VmInfo};
+use civic_api::{ErrorBody, ErrorCode, SaveReport, SaveRequest, VmInfo};
 use civic_devices::console_hub::ConsoleHub;
 use tokio::sync::oneshot;
 
 /// What a client may ask of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Created → running.
     Start,
@@ -30,15 +30,29 @@ pub enum Command {
     Stop,
     /// Any state → stopped.
     Kill,
+    /// Running or paused → paused, then what the request says; answered when it is done.
+    Save(SaveRequest),
 }
+
+/// The answer to a command that was obeyed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// There is nothing more to say.
+    Done,
+    /// To [`Command::Save`].
+    Saved(SaveReport),
+}
+
+/// Where an answer goes; dropping it is answered to the client as a fault of ours.
+pub type Reply = oneshot::Sender<Result<Answer, ErrorBody>>;
 
 /// A command and where its answer goes.
 #[derive(Debug)]
 pub struct Request {
     /// What to do.
     pub command: Command,
-    /// Takes the answer; dropping it is answered to the client as a fault of ours.
-    pub reply: oneshot::Sender<Result<(), ErrorBody>>,
+    /// Takes the answer.
+    pub reply: Reply,
 }
 
 /// What the API may read without asking the supervisor.
@@ -63,7 +77,7 @@ impl Control {
     }
 
     /// Sends `command` and waits for the answer. [`ErrorCode::Internal`] if the supervisor is gone.
-    pub async fn command(&self, command: Command) -> Result<(), ErrorBody> {
+    pub async fn command(&self, command: Command) -> Result<Answer, ErrorBody> {
         let (reply, answer) = oneshot::channel();
         (self.send)(Request { command, reply });
         answer.await.unwrap_or_else(|_| {

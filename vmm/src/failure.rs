@@ -5,12 +5,17 @@ use std::io;
 use civic_api::{ErrorBody, ErrorCode};
 use civic_devices::tap::TapError;
 use civic_devices::virtio::block::DiskError;
+use civic_fork::image;
 
 use crate::boot::BootError;
+use crate::cpu::cpuid::CpuidError;
 use crate::kvm::KvmError;
 use crate::machine::BuildError;
+use crate::machine::state::RestoreError;
 use crate::memory::MemoryError;
 use crate::resources::ResourceError;
+use crate::saved::SavedError;
+use crate::state::StateError;
 
 impl From<ResourceError> for ErrorBody {
     fn from(error: ResourceError) -> Self {
@@ -52,6 +57,43 @@ fn tap(error: &TapError) -> (ErrorCode, Option<&'static str>) {
     (ErrorCode::TapUnavailable, Some(hint))
 }
 
+impl From<SavedError> for ErrorBody {
+    fn from(error: SavedError) -> Self {
+        let (code, hint) = match &error {
+            SavedError::NotEmpty(_) => {
+                (ErrorCode::SaveFailed, Some("name a directory that is empty or does not exist"))
+            }
+            SavedError::Save(image::SaveError::Write { source, .. }) | SavedError::Io { source, .. }
+                if source.raw_os_error() == Some(nix::libc::ENOSPC) =>
+            {
+                (ErrorCode::SaveFailed, Some("make room, or save to another file system: the VM is as it was before"))
+            }
+            SavedError::Save(_) | SavedError::Io { .. } => (ErrorCode::SaveFailed, None),
+            SavedError::DiskChanged { .. } => (
+                ErrorCode::StateInvalid,
+                Some(
+                    "give the image as it was when the VM was saved; --allow-changed-disks restores all the same, and the file system \
+                     on it will be damaged unless it is a copy made at that moment",
+                ),
+            ),
+            SavedError::State { source: StateError::Version { .. } | StateError::Format { .. }, .. } => {
+                (ErrorCode::StateInvalid, Some("restore it with the version of Civic that saved it"))
+            }
+            _ => (ErrorCode::StateInvalid, None),
+        };
+        told(code, &error, hint)
+    }
+}
+
+impl From<RestoreError> for ErrorBody {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::Build(error) => error.into(),
+            _ => told(ErrorCode::StateInvalid, &error, None),
+        }
+    }
+}
+
 impl From<BuildError> for ErrorBody {
     fn from(error: BuildError) -> Self {
         let (code, hint) = match &error {
@@ -64,6 +106,9 @@ impl From<BuildError> for ErrorBody {
                 ErrorCode::OutOfMemory,
                 Some("give the VM less --memory, or raise the limit (ulimit -v, -f) of this process"),
             ),
+            BuildError::Cpuid(CpuidError::OtherVendor | CpuidError::Lost(_)) => {
+                (ErrorCode::StateInvalid, Some("restore it on a host whose processor has what the saved one had"))
+            }
             BuildError::Kvm(KvmError::Open(e)) => (ErrorCode::KvmUnavailable, Some(kvm_open(e))),
             BuildError::Kvm(_) => (ErrorCode::KvmUnavailable, Some("'civic doctor' shows what this host's KVM can do")),
             _ => (ErrorCode::Internal, None),

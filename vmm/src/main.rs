@@ -5,11 +5,12 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use civic_api::launch::Launch;
+use civic_api::launch::{Launch, LaunchRequest, RestoreConfig};
 use civic_api::{EndReason, ErrorBody, ErrorCode, VmConfig};
 use civic_vmm::control::{Command, Control};
 use civic_vmm::directory::Directory;
 use civic_vmm::resources::Resources;
+use civic_vmm::saved::SavedVm;
 use civic_vmm::supervisor::Supervisor;
 use civic_vmm::{doctor, log, preflight, server};
 use clap::{Args, Parser, Subcommand};
@@ -98,13 +99,21 @@ struct Vm {
 }
 
 fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
-    let config = read_config(args)?;
+    let request = read_request(args)?;
+    let (config, saved) = match request {
+        LaunchRequest::Boot(config) => (config, None),
+        LaunchRequest::Restore(request) => {
+            let saved = SavedVm::open(&request.restore)?;
+            let config = moved(&saved, request)?;
+            (config, Some(saved))
+        }
+    };
     config.validate()?;
     let invalid = |message: &str| ErrorBody::new(ErrorCode::InvalidRequest, message);
     let dir = args.dir.as_deref().ok_or_else(|| invalid("--dir is missing"))?;
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
     let directory = Directory::take(dir)?;
-    match build(config, &directory, signals) {
+    match build(config, saved, &directory, signals) {
         Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor }),
         Err(body) => {
             // The starter shows why; what it keeps is its own log.
@@ -118,13 +127,17 @@ fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
 
 fn build(
     config: VmConfig,
+    saved: Option<SavedVm>,
     directory: &Directory,
     signals: SigSet,
 ) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
     preflight::check(&config)?;
     let resources = Resources::open(&config, directory.path())?;
     let listener = directory.bind()?;
-    let supervisor = Supervisor::new(config, resources)?;
+    let supervisor = match saved {
+        None => Supervisor::new(config, resources)?,
+        Some(saved) => Supervisor::restore(config, resources, saved)?,
+    };
     let internal = |e: io::Error| ErrorBody::internal(format!("cannot start a thread: {e}"));
     let server = server::spawn(listener, supervisor.control()).map_err(internal)?;
     let control = supervisor.control();
@@ -148,7 +161,32 @@ impl Vm {
     }
 }
 
-fn read_config(args: &RunArgs) -> Result<VmConfig, ErrorBody> {
+/// The configuration of the VM that was saved, with what `request` says has moved.
+fn moved(saved: &SavedVm, request: RestoreConfig) -> Result<VmConfig, ErrorBody> {
+    let RestoreConfig { name, restore: _, disks, nets, kernel, initrd, allow_changed_disks, overcommit, any_kvm } =
+        request;
+    let mut config = VmConfig { name, overcommit, any_kvm, ..saved.config.clone() };
+    let unknown = |what: &str, id: &str| {
+        let message = format!("the saved VM has no {what} '{id}'");
+        ErrorBody::new(ErrorCode::InvalidConfig, message).with_hint("only what it has can be elsewhere now")
+    };
+    for moved in disks {
+        let disk = config.disks.iter_mut().find(|disk| disk.id == moved.id);
+        disk.ok_or_else(|| unknown("disk", &moved.id))?.path = moved.path;
+    }
+    for moved in nets {
+        let net = config.nets.iter_mut().find(|net| net.id == moved.id);
+        net.ok_or_else(|| unknown("network card", &moved.id))?.tap = moved.tap;
+    }
+    config.kernel = kernel.unwrap_or(config.kernel);
+    config.initrd = initrd.or(config.initrd);
+    if !allow_changed_disks {
+        saved.check_disks(&config)?;
+    }
+    Ok(config)
+}
+
+fn read_request(args: &RunArgs) -> Result<LaunchRequest, ErrorBody> {
     let invalid = |message: String| {
         ErrorBody::new(ErrorCode::InvalidConfig, message)
             .with_hint("'civic run' writes it; its fields are those of VmConfig in GET /v1/openapi.json")
@@ -166,7 +204,7 @@ fn read_config(args: &RunArgs) -> Result<VmConfig, ErrorBody> {
     if text.len() as u64 > MAX_CONFIG {
         return Err(ErrorBody::new(ErrorCode::TooLarge, format!("the configuration has more than {MAX_CONFIG} bytes")));
     }
-    serde_json::from_str(&text).map_err(|e| invalid(format!("the configuration is wrong: {e}")))
+    LaunchRequest::from_json(&text).map_err(|e| invalid(format!("the configuration is wrong: {e}")))
 }
 
 /// Blocks the signals that end the VM, in this thread and all that it will start.

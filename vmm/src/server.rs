@@ -18,6 +18,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -52,6 +53,30 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECTION_TIME: Duration = Duration::from_secs(60);
 /// How long requests under way may go on once the server stops or a connection's time is over.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// Keeps a connection beyond its time, while it waits for what takes long and will end.
+#[derive(Clone, Default)]
+struct Patience(Arc<AtomicUsize>);
+
+/// [`Patience`] as long as it lives.
+struct Held(Arc<AtomicUsize>);
+
+impl Patience {
+    fn hold(&self) -> Held {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Held(Arc::clone(&self.0))
+    }
+
+    fn held(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// A running server. Dropping it stops it without waiting.
 pub struct ServerHandle {
@@ -158,6 +183,8 @@ async fn accept(listener: UnixListener, router: Router, limits: Limits, mut stop
 
 /// Serves one connection to its end.
 async fn serve(stream: UnixStream, router: Router, limits: Limits, mut stopped: watch::Receiver<bool>) {
+    let patience = Patience::default();
+    let router = router.layer(axum::Extension(patience.clone()));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head)
@@ -174,7 +201,10 @@ async fn serve(stream: UnixStream, router: Router, limits: Limits, mut stopped: 
             }
         } => {
             connection.as_mut().graceful_shutdown();
-            timeout(GRACE, connection).await.unwrap_or(Ok(()))
+            match timeout(GRACE, connection.as_mut()).await {
+                Err(_) if patience.held() => connection.await,
+                ended => ended.unwrap_or(Ok(())),
+            }
         }
     };
     if let Err(error) = ended {

@@ -9,20 +9,28 @@
 //!                    Stopping ── Stop presses again
 //! ```
 //!
+//! A save ([`saving`]) pauses the machine and writes in a thread; until that is done nothing but Kill is obeyed.
+//!
 //! Commands come from the API, events from the guest; both arrive on one channel, so no two can race. What the API may read
 //! without asking stands in [`Shared`].
+
+mod saving;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use civic_api::{CONSOLE_PORT_SERIAL, EndReason, ErrorBody, ErrorCode, VmConfig, VmInfo, VmState};
+use civic_api::{
+    AfterSave, CONSOLE_PORT_SERIAL, EndReason, ErrorBody, ErrorCode, SaveRequest, VmConfig, VmInfo, VmState,
+};
 use civic_devices::console_hub::ConsoleHub;
 use tracing::{error, info, warn};
 
-use crate::control::{Command, Control, Request, View};
-use crate::machine::{BuildError, GuestEvent, Machine, Meters};
+use self::saving::{Begin, Meter, Outcome, Saving};
+use crate::control::{Answer, Command, Control, Reply, Request, View};
+use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
 use crate::resources::{CONSOLE_PORT_HVC, Resources};
+use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
 
 /// How long console clients may take to read the last of the guest's output.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -31,7 +39,15 @@ enum Message {
     Api(Request),
     /// From the machine of this boot; one that is gone may still be heard.
     Guest(u64, GuestEvent),
+    /// From the thread that writes a save.
+    Saved(Outcome),
+    /// From the thread that loads a saved VM's memory: part of it cannot be had.
+    MemoryLost(String),
 }
+
+/// How long the supervisor may take to end the process after it heard that memory is lost. The loader's thread, on which guest and
+/// devices wait, never goes on: what they would do with wrong memory could reach the disks.
+const LAST_RESORT: Duration = Duration::from_secs(10);
 
 /// What is read without asking the supervisor.
 struct Status {
@@ -42,6 +58,7 @@ struct Status {
     run: Duration,
     running_since: Option<Instant>,
     meters: Meters,
+    saving: Option<Arc<Meter>>,
     ended: Option<EndReason>,
 }
 
@@ -78,6 +95,7 @@ impl View for Shared {
             devices: status.meters.devices(),
             vcpus: status.meters.vcpus(),
             consoles: vec![CONSOLE_PORT_SERIAL.into(), CONSOLE_PORT_HVC.into()],
+            saving: status.saving.as_ref().map(|meter| meter.read()),
             ended: status.ended.clone(),
         }
     }
@@ -99,6 +117,9 @@ pub struct Supervisor {
     machine: Option<Machine>,
     /// Counts machines; tells events of the present one from those of its predecessors.
     boot: u64,
+    /// Its first start goes on with what was saved: no boot.
+    restored: bool,
+    saving: Option<Saving>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
 }
@@ -108,18 +129,55 @@ impl Supervisor {
     pub fn new(config: VmConfig, mut resources: Resources) -> Result<Self, BuildError> {
         let (sender, inbox) = channel();
         let machine = build(&config, &mut resources, &sender, 1)?;
+        Ok(Self::around(machine, config, resources, (sender, inbox), None))
+    }
+
+    /// Builds the machine that was saved; it waits for [`Command::Start`]. `config` is the saved one, with what has moved since.
+    ///
+    /// # Errors
+    /// When the state does not fit the configuration, the disks or this host.
+    pub fn restore(config: VmConfig, mut resources: Resources, saved: SavedVm) -> Result<Self, ErrorBody> {
+        let (sender, inbox) = channel();
+        let (boots, run) = (saved.vm.boots, saved.vm.run);
+        let (mut sections, memory) = saved.into_parts();
+        let (lost, report) = (sender.clone(), sender.clone());
+        let fill = |ram: &crate::memory::Memory| {
+            let lazy = memory.fill(ram, move |why| {
+                let why = ErrorBody::from_error(ErrorCode::StateInvalid, &*why).message;
+                let _ = lost.send(Message::MemoryLost(why));
+                std::thread::park_timeout(LAST_RESORT);
+                std::process::exit(1);
+            });
+            lazy.map_err(ErrorBody::from)
+        };
+        let report = move |event| drop(report.send(Message::Guest(1, event)));
+        let machine = Machine::restore(&config, &mut resources, &mut sections, fill, report)?;
+        sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
+        Ok(Self::around(machine, config, resources, (sender, inbox), Some((boots, run))))
+    }
+
+    fn around(
+        machine: Machine,
+        config: VmConfig,
+        resources: Resources,
+        (sender, inbox): (Sender<Message>, Receiver<Message>),
+        life: Option<(u64, Duration)>,
+    ) -> Self {
+        let (boots, run) = life.unwrap_or_default();
         let status = Status {
             state: VmState::Created,
-            boots: 0,
+            boots,
             started: None,
-            run: Duration::ZERO,
+            run,
             running_since: None,
             meters: machine.meters(),
+            saving: None,
             ended: None,
         };
         let (serial, hvc) = (Arc::clone(&resources.serial), Arc::clone(&resources.hvc));
         let shared = Arc::new(Shared { config, status: Mutex::new(status), serial, hvc });
-        Ok(Self { shared, resources, machine: Some(machine), boot: 1, sender, inbox })
+        let (restored, saving) = (life.is_some(), None);
+        Self { shared, resources, machine: Some(machine), boot: 1, restored, saving, sender, inbox }
     }
 
     /// The API's handle.
@@ -133,13 +191,25 @@ impl Supervisor {
     pub fn run(mut self) -> EndReason {
         let reason = loop {
             let end = match self.inbox.recv() {
+                Ok(Message::Api(Request { command: Command::Save(request), reply })) => {
+                    self.begin_save(request, reply);
+                    None
+                }
                 Ok(Message::Api(request)) => {
                     let (answer, end) = self.obey(request.command);
-                    let _ = request.reply.send(answer);
+                    let _ = request.reply.send(answer.map(|()| Answer::Done));
                     end
                 }
                 Ok(Message::Guest(boot, event)) if boot == self.boot => self.observe(event),
                 Ok(Message::Guest(..)) => None,
+                Ok(Message::Saved(outcome)) => self.end_save(outcome),
+                Ok(Message::MemoryLost(why)) => {
+                    // Its threads may be waiting for memory that never comes: they end with the process.
+                    std::mem::forget(self.machine.take());
+                    let message = format!("the saved VM's memory is damaged: {why}");
+                    error!("{message}");
+                    Some(EndReason::Failed { message })
+                }
                 // Unreachable while `self.sender` lives; ending is right all the same.
                 Err(_) => Some(EndReason::Killed),
             };
@@ -147,6 +217,15 @@ impl Supervisor {
                 break end;
             }
         };
+        if let Some(saving) = &self.saving {
+            saving.give_up();
+            // It clears up after itself before anybody hears that the VM has ended.
+            while let Ok(message) = self.inbox.recv() {
+                if matches!(message, Message::Saved(_)) {
+                    break;
+                }
+            }
+        }
         self.machine = None;
         for hub in [&self.shared.serial, &self.shared.hvc] {
             hub.finish(LAST_WORDS);
@@ -163,13 +242,18 @@ impl Supervisor {
     fn obey(&mut self, command: Command) -> (Result<(), ErrorBody>, Option<EndReason>) {
         let state = self.shared.status().state;
         let wrong = || {
-            let message = format!("cannot {} a VM that is {state}", command_name(command));
-            Err(ErrorBody::new(ErrorCode::WrongState, message).with_hint(way_out(command, state)))
+            let message = format!("cannot {} a VM that is {state}", command_name(&command));
+            Err(ErrorBody::new(ErrorCode::WrongState, message).with_hint(way_out(&command, state)))
         };
+        if self.saving.is_some() && command != Command::Kill {
+            let message = format!("cannot {} a VM that is being saved", command_name(&command));
+            let hint = "wait until it is saved ('civic info' shows how far it is), or kill it";
+            return (Err(ErrorBody::new(ErrorCode::WrongState, message).with_hint(hint)), None);
+        }
         let Some(machine) = &self.machine else {
             return (Err(ErrorBody::internal("there is no machine")), None);
         };
-        let answer = match (command, state) {
+        let answer = match (&command, state) {
             (Command::Start, VmState::Created) => {
                 self.start();
                 Ok(())
@@ -197,10 +281,143 @@ impl Supervisor {
         (answer, None)
     }
 
+    /// Pauses the machine and starts to write it; the reply comes when that is done.
+    fn begin_save(&mut self, request: SaveRequest, reply: Reply) {
+        if let Err((error, reply)) = self.try_save(request, reply) {
+            let _ = reply.send(Err(error));
+        }
+    }
+
+    fn try_save(&mut self, request: SaveRequest, reply: Reply) -> Result<(), (ErrorBody, Reply)> {
+        let begun = Instant::now();
+        let before = self.shared.status().state;
+        let wrong = |message: String, hint: &str| ErrorBody::new(ErrorCode::WrongState, message).with_hint(hint);
+        if self.saving.is_some() {
+            return Err((wrong("the VM is being saved already".into(), "wait for that, or kill the VM"), reply));
+        }
+        if !matches!(before, VmState::Running | VmState::Stopping | VmState::Paused) {
+            let hint = way_out(&Command::Save(request), before);
+            return Err((wrong(format!("cannot save a VM that is {before}"), hint), reply));
+        }
+        let Some(machine) = &self.machine else { return Err((ErrorBody::internal("there is no machine"), reply)) };
+        if let Some(lazy) = machine.loading() {
+            // What it was restored from is still needed: wait for that while it runs, then come back.
+            let sender = self.sender.clone();
+            let again = move || {
+                // A failure is told through another message.
+                let _ = lazy.finish();
+                let _ = sender.send(Message::Api(Request { command: Command::Save(request), reply }));
+            };
+            std::thread::spawn(again);
+            return Ok(());
+        }
+        if !request.directory.is_absolute() {
+            let message = format!("{} is not an absolute path", request.directory.display());
+            return Err((ErrorBody::new(ErrorCode::InvalidRequest, message), reply));
+        }
+        let draft = match Draft::new(&request.directory) {
+            Ok(draft) => draft,
+            Err(e) => return Err((e.into(), reply)),
+        };
+        machine.pause();
+        let paused = Instant::now();
+        {
+            let mut status = self.shared.status();
+            status.stop_clock();
+            status.state = VmState::Paused;
+        }
+        let sections = match machine.save() {
+            Ok(sections) => sections,
+            Err(e) => {
+                self.go_back(before);
+                return Err((ErrorBody::from_error(ErrorCode::Internal, &e), reply));
+            }
+        };
+        let vm = match self.vm_state() {
+            Ok(vm) => vm,
+            Err(e) => {
+                self.go_back(before);
+                return Err((ErrorBody::from_error(ErrorCode::Internal, &e), reply));
+            }
+        };
+        let begin = Begin { request, reply, before, begun, paused, memory: machine.memory(), sections, vm };
+        let sender = self.sender.clone();
+        match Saving::begin(begin, draft, move |outcome| drop(sender.send(Message::Saved(outcome)))) {
+            Ok(saving) => {
+                self.shared.status().saving = Some(saving.meter());
+                self.saving = Some(saving);
+                Ok(())
+            }
+            Err((e, reply)) => {
+                self.go_back(before);
+                Err((ErrorBody::internal(format!("cannot start a thread: {e}")), reply))
+            }
+        }
+    }
+
+    /// What the machine does not know of itself, with every default filled in that depended on its name.
+    fn vm_state(&self) -> Result<VmStateV1, serde_json::Error> {
+        let mut config = self.shared.config.clone();
+        let macs: Vec<_> = config.nets.iter().map(|net| effective_mac(&config, net)).collect();
+        for (net, mac) in config.nets.iter_mut().zip(macs) {
+            net.mac = Some(mac);
+        }
+        let stamp = |disk: &civic_api::DiskConfig| (!disk.read_only).then(|| DiskStamp::of(&disk.path)).flatten();
+        let status = self.shared.status();
+        Ok(VmStateV1 {
+            config: serde_json::to_string(&config)?,
+            boots: status.boots,
+            run: status.run,
+            index_checksum: 0,
+            disks: config.disks.iter().map(stamp).collect(),
+        })
+    }
+
+    fn end_save(&mut self, outcome: Outcome) -> Option<EndReason> {
+        let saving = self.saving.take()?;
+        self.shared.status().saving = None;
+        match outcome {
+            Ok((memory, state)) => {
+                let (then, before) = (saving.then(), saving.before());
+                let (report, reply) = saving.report(memory, state);
+                info!(directory = %report.directory.display(), memory, state, "saved");
+                let directory = report.directory.clone();
+                match then {
+                    AfterSave::Resume => {
+                        self.go_back(if before == VmState::Paused { VmState::Running } else { before })
+                    }
+                    AfterSave::Stop | AfterSave::Pause => {}
+                }
+                let _ = reply.send(Ok(Answer::Saved(report)));
+                (then == AfterSave::Stop).then_some(EndReason::Saved { directory })
+            }
+            Err(e) => {
+                self.go_back(saving.before());
+                warn!("not saved: {e}");
+                let _ = saving.into_reply().send(Err(e.into()));
+                None
+            }
+        }
+    }
+
+    /// Lets a machine that was paused for a save be what it was before.
+    fn go_back(&self, before: VmState) {
+        if before == VmState::Paused {
+            return;
+        }
+        if let Some(machine) = &self.machine {
+            let mut status = self.shared.status();
+            status.start_clock();
+            status.state = before;
+            drop(status);
+            machine.run();
+        }
+    }
+
     fn start(&mut self) {
         // Before the guest runs, so that whoever hears of it finds it counted.
         let mut status = self.shared.status();
-        status.boots += 1;
+        status.boots += u64::from(!std::mem::take(&mut self.restored));
         status.started.get_or_insert_with(SystemTime::now);
         status.start_clock();
         drop(status);
@@ -274,17 +491,18 @@ fn build(
     Machine::build(config, resources, move |event| drop(sender.send(Message::Guest(boot, event))))
 }
 
-fn command_name(command: Command) -> &'static str {
+fn command_name(command: &Command) -> &'static str {
     match command {
         Command::Start => "start",
         Command::Pause => "pause",
         Command::Resume => "resume",
         Command::Stop => "stop",
         Command::Kill => "kill",
+        Command::Save(_) => "save",
     }
 }
 
-fn way_out(command: Command, state: VmState) -> &'static str {
+fn way_out(command: &Command, state: VmState) -> &'static str {
     match (command, state) {
         (Command::Stop, VmState::Paused) => "resume it first, so that the guest can see the power button; or kill it",
         (Command::Stop, VmState::Created) => "start it first, or kill it",

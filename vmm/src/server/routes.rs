@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{MatchedPath, Query, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
-use civic_api::routes::{CONSOLE_PROTOCOL, MAX_BODY_BYTES};
-use civic_api::{ErrorBody, ErrorCode, VmConfig, VmInfo, doctor};
+use axum::{Extension, Json, Router};
+use civic_api::launch::RestoreConfig;
+use civic_api::routes::{CONSOLE_PROTOCOL, MAX_BODY_BYTES, SAVE};
+use civic_api::{ErrorBody, ErrorCode, SaveReport, SaveRequest, VmConfig, VmInfo, doctor};
 use civic_devices::console_hub::ConsoleHub;
 use hyper::StatusCode;
 use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
@@ -23,9 +24,9 @@ use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::Limits;
 use super::metrics::{self, Requests};
-use crate::control::{Command, Control};
+use super::{Limits, Patience};
+use crate::control::{Answer, Command, Control};
 
 /// The document's frame; the paths come from the routes. Beside what they use, it has the types of `civic run`'s
 /// configuration and of `civic doctor --json`.
@@ -37,7 +38,7 @@ use crate::control::{Command, Control};
             Every answer that is not a success has an `ErrorBody`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(VmConfig, doctor::Report))
+    components(schemas(VmConfig, RestoreConfig, doctor::Report))
 )]
 struct Frame;
 
@@ -72,6 +73,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(resume))
         .routes(routes!(stop))
         .routes(routes!(kill))
+        .routes(routes!(save))
         .routes(routes!(vm_metrics))
         .routes(routes!(openapi_json))
         .routes(routes!(console))
@@ -108,13 +110,14 @@ async fn count(State(api): State<Api>, request: Request, next: Next) -> Response
     response
 }
 
-/// Reads the body within limits. No route takes one yet: it must be absent or an empty object, for what is not known must
-/// not look obeyed.
+/// Reads the body within limits. Where the route takes none it must be absent or an empty object, for what is not known must not
+/// look obeyed.
 async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Result<Response, Failure> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Nothing {}
 
+    let takes_body = request.uri().path() == SAVE;
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
         Ok(Ok(body)) => body,
@@ -125,6 +128,9 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
         }
         Err(_) => return Err(ErrorBody::new(ErrorCode::Timeout, "the body did not come in time").into()),
     };
+    if takes_body {
+        return Ok(next.run(Request::from_parts(parts, Body::from(body))).await);
+    }
     if !body.is_empty() {
         serde_json::from_slice::<Nothing>(&body)
             .map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, format!("the body: {error}")))?;
@@ -187,9 +193,33 @@ async fn kill(State(api): State<Api>) -> Result<StatusCode, Failure> {
     command(api, Command::Kill).await
 }
 
+/// Saves the VM to a directory.
+///
+/// The guest stands still meanwhile. The answer comes when everything is on the disk, or when it cannot be: then the VM is as it was
+/// before and nothing is left in the directory. The save goes on if the client hangs up. A VM that is killed meanwhile is not saved.
+#[utoipa::path(post, path = "/v1/save", request_body = SaveRequest, responses(
+    (status = 200, description = "It is saved", body = SaveReport),
+    (status = 400, description = "The request is none, or the path is not absolute", body = ErrorBody),
+    (status = 409, description = "It was never started, or is being saved", body = ErrorBody),
+    (status = 422, description = "The directory cannot be written or is not empty", body = ErrorBody),
+))]
+async fn save(
+    State(api): State<Api>,
+    Extension(patience): Extension<Patience>,
+    request: Result<Json<SaveRequest>, JsonRejection>,
+) -> Result<Json<SaveReport>, Failure> {
+    let Json(request) = request.map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.body_text()))?;
+    // As long as it takes: every byte of memory goes to a disk.
+    let _patience = patience.hold();
+    match api.control.command(Command::Save(request)).await? {
+        Answer::Saved(report) => Ok(Json(report)),
+        Answer::Done => Err(ErrorBody::internal("the save was answered with nothing").into()),
+    }
+}
+
 async fn command(api: Api, command: Command) -> Result<StatusCode, Failure> {
     match tokio::time::timeout(api.limits.command, api.control.command(command)).await {
-        Ok(answer) => answer?,
+        Ok(answer) => drop(answer?),
         Err(_) => {
             let message = format!("the machine did not answer within {} s", api.limits.command.as_secs());
             let hint = "see vmm.log in the VM's directory; `civic kill` ends a VM that hangs";

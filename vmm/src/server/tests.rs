@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use civic_api::client::{Client, ClientError};
-use civic_api::{DeviceInfo, VcpuInfo, VmInfo, VmState};
+use civic_api::{AfterSave, DeviceInfo, SaveReport, SaveRequest, VcpuInfo, VmInfo, VmState};
 use civic_devices::console_hub::{ConsoleHub, ConsoleInput};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::control::{Command, Request, View};
+use crate::control::{Answer, Command, Request, View};
 
 /// A machine that is nothing but its state, and a guest whose console echoes in upper case.
 struct Fake {
@@ -47,7 +47,7 @@ impl Fake {
             return;
         }
         let mut state = self.state.lock().unwrap();
-        let next = match (request.command, *state) {
+        let next = match (&request.command, *state) {
             (Command::Start, Created) | (Command::Resume, Paused) => Ok(Running),
             (Command::Pause, Running) => Ok(Paused),
             (Command::Stop, Running | Stopping) => Ok(Stopping),
@@ -56,7 +56,10 @@ impl Fake {
                 Err(ErrorBody::new(ErrorCode::WrongState, format!("{command:?} of a VM that is {state}")))
             }
         };
-        let _ = request.reply.send(next.map(|next| *state = next));
+        let _ = request.reply.send(next.map(|next| {
+            *state = next;
+            Answer::Done
+        }));
     }
 }
 
@@ -73,6 +76,7 @@ impl View for Fake {
             boots: 3,
             started_at_ms: None,
             run_ms: 1500,
+            saving: None,
             devices: vec![DeviceInfo {
                 id: "disk0".into(),
                 kind: "blk".into(),
@@ -365,11 +369,49 @@ fn stopping_answers_what_is_under_way() {
     let server = setup.server.take().unwrap();
     let stopper = std::thread::spawn(move || server.stop());
     std::thread::sleep(Duration::from_millis(100));
-    request.reply.send(Ok(())).unwrap();
+    request.reply.send(Ok(Answer::Done)).unwrap();
     assert!(read_all(&mut stream).starts_with("HTTP/1.1 204 "));
     stopper.join().unwrap();
     assert!(Instant::now() < deadline);
     assert!(matches!(block_on(setup.client().info()), Err(ClientError::NotRunning { .. })));
+}
+
+/// A save takes longer than any connection may last.
+#[test]
+fn a_save_is_answered_when_it_is_done() {
+    let connection = Duration::from_millis(50);
+    let setup = setup(Limits { connection, ..Limits::default() });
+    setup.fake.hangs.store(true, Ordering::Relaxed);
+    let asked = SaveRequest { directory: "/saved/web".into(), then: AfterSave::Resume };
+    let (client, request) = (setup.client(), asked.clone());
+    let waiting = std::thread::spawn(move || block_on(client.save(&request)));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let request = loop {
+        if let Some(request) = setup.fake.silent.lock().unwrap().pop() {
+            break request;
+        }
+        assert!(Instant::now() < deadline, "the command never came");
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert_eq!(request.command, Command::Save(asked));
+    // Beyond the connection's time and its grace.
+    std::thread::sleep(connection + GRACE + Duration::from_millis(200));
+    assert!(!waiting.is_finished());
+    let directory = "/saved/web".into();
+    let report = SaveReport { directory, memory_bytes_written: 5, state_bytes: 6, pause_ms: 7, total_ms: 8 };
+    request.reply.send(Ok(Answer::Saved(report.clone()))).unwrap();
+    assert_eq!(waiting.join().unwrap().unwrap(), report);
+}
+
+#[test]
+fn a_save_without_a_directory_is_refused() {
+    let setup = setup(Limits::default());
+    for body in ["", "{}", "[]", r#"{"directory":"/x","then":"fly"}"#, r#"{"directory":"/x","color":1}"#] {
+        let head = "POST /v1/save HTTP/1.1\r\ncontent-type: application/json\r\nconnection: close\r\n";
+        let answer = setup.raw(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{body}: {answer}");
+        assert!(answer.contains("invalid_request"), "{body}: {answer}");
+    }
 }
 
 /// Every documented path answers with its documented method, and the paths are those the client uses.
@@ -379,7 +421,7 @@ fn the_document_and_the_routes_agree() {
     let setup = setup(Limits::default());
     let document = serde_json::to_value(openapi()).unwrap();
     let paths = document["paths"].as_object().unwrap();
-    let mut known: Vec<&str> = vec![INFO, START, PAUSE, RESUME, STOP, KILL, METRICS, OPENAPI, CONSOLE];
+    let mut known: Vec<&str> = vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, METRICS, OPENAPI, CONSOLE];
     known.sort_unstable();
     assert_eq!(paths.keys().map(String::as_str).collect::<Vec<_>>(), known);
     for (path, item) in paths {
