@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use civic_api::client::{Client, ClientError};
 use civic_api::launch::{Launch, SOCKET_FILE};
-use civic_api::{CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, VmConfig, VmInfo, VmState};
+use civic_api::{
+    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, SaveReport, SaveRequest, VmConfig, VmInfo, VmState,
+};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Runtime;
@@ -179,7 +181,8 @@ impl Setup {
 
     /// Starts the monitor and attaches to the serial console. The guest waits for [`Vm::start`].
     pub fn launch(self) -> Vm {
-        launch(Rc::new(self))
+        let text = serde_json::to_string(&self.config).expect("a configuration is JSON");
+        launch(Rc::new(self), &text)
     }
 
     /// As [`Setup::launch`], and lets the guest run.
@@ -187,6 +190,27 @@ impl Setup {
         let vm = self.launch();
         vm.start();
         vm
+    }
+
+    /// What a monitor is told to restore what was saved to `name`.
+    pub fn restoring(&self, name: &str) -> String {
+        let restore = self.root().join(name);
+        let request = serde_json::json!({ "name": self.config.name, "restore": restore, "any_kvm": true });
+        request.to_string()
+    }
+
+    /// Starts the monitor with `text` for a configuration; it gets ready and then ends by itself: its exit status and log.
+    pub fn dies(&self, text: &str) -> (ExitStatus, String) {
+        let (mut child, launch, log) = self.spawn(&self.write_config(text));
+        assert!(matches!(launch, Launch::Ready { .. }), "{launch:?}; the log:\n{}", read(&log));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = child.0.try_wait().expect("the monitor is our child") {
+                return (status, read(&log));
+            }
+            assert!(Instant::now() < deadline, "the monitor does not end; its log:\n{}", read(&log));
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Starts the monitor, which must refuse: the error, after exit status 1 and nothing left behind.
@@ -215,9 +239,8 @@ impl Setup {
     }
 }
 
-fn launch(setup: Rc<Setup>) -> Vm {
-    let text = serde_json::to_string(&setup.config).expect("a configuration is JSON");
-    let (child, launch, log) = setup.spawn(&setup.write_config(&text));
+fn launch(setup: Rc<Setup>, text: &str) -> Vm {
+    let (child, launch, log) = setup.spawn(&setup.write_config(text));
     match launch {
         Launch::Ready { pid, .. } => assert_eq!(pid, child.0.id()),
         Launch::Failed { error } => panic!("there is no VM: {error:?}; the log:\n{}", read(&log)),
@@ -446,9 +469,29 @@ impl Vm {
 
     /// Runs the VM once more, after it has ended.
     pub fn again(&self) -> Vm {
-        let vm = launch(Rc::clone(&self.setup));
+        let text = serde_json::to_string(&self.setup.config).expect("a configuration is JSON");
+        let vm = launch(Rc::clone(&self.setup), &text);
         vm.start();
         vm
+    }
+
+    /// Saves the VM to `name` in the test's directory.
+    pub fn save(&self, name: &str, then: AfterSave) -> SaveReport {
+        match self.try_save(name, then) {
+            Ok(report) => report,
+            Err(e) => self.fail(&format!("it cannot be saved: {e}")),
+        }
+    }
+
+    /// [`Vm::save`], which may fail.
+    pub fn try_save(&self, name: &str, then: AfterSave) -> Result<SaveReport, ClientError> {
+        let request = SaveRequest { directory: self.setup.root().join(name), then };
+        self.api(|client| async move { client.save(&request).await })
+    }
+
+    /// The VM that was saved to `name`, waiting for [`Vm::start`]. This one must have ended.
+    pub fn restored(&self, name: &str) -> Vm {
+        launch(Rc::clone(&self.setup), &self.setup.restoring(name))
     }
 
     fn wait_end(&mut self) -> ExitStatus {

@@ -8,4 +8,5 @@ mod interrupts;
 mod memory;
 mod pausing;
 mod refusals;
+mod saving;
 mod virtio;

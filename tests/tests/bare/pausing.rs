@@ -12,12 +12,12 @@ use crate::interrupts::echo;
 
 const LINE: u32 = DATA + 0x100;
 /// Characters of a printed number and its line feed.
-const LINE_LEN: usize = 9;
+pub const LINE_LEN: usize = 9;
 const HOST_BRIDGE: i32 = 0x0008_1b36;
 
 /// CPU 0 prints 00000000, 00000001, … in one string instruction each. The others hammer port I/O, MMIO and string input, each
 /// on a register of its own that holds what is written; one that reads something else prints '!'.
-fn hammer() -> Vec<u8> {
+pub fn hammer() -> Vec<u8> {
     pvh(|asm| {
         let mut others = asm.create_label();
         asm.cld()?;
