@@ -96,7 +96,7 @@ impl Resources {
         let initrd = config.initrd.as_ref().map(open_initrd).transpose()?;
         let mut disks = Vec::new();
         for disk in &config.disks {
-            let options = DiskOptions { read_only: disk.read_only };
+            let options = DiskOptions { read_only: disk.read_only, ..DiskOptions::default() };
             let opened = Disk::open(&disk.path, options).map_err(|source| ResourceError::Disk {
                 id: disk.id.clone(),
                 path: disk.path.clone(),

@@ -1,4 +1,4 @@
-//! The block device (virtio 1.2 §5.2): a raw image file or a host block device as a disk of 512-byte sectors.
+//! The block device (virtio 1.2 §5.2): a raw image file, a qcow2 image or a host block device as a disk of 512-byte sectors.
 //!
 //! Each queue has a worker of its own ([`queue`]) with an io_uring: many requests in flight, straight on guest memory, answered
 //! in the order in which they are done. What the host's storage says (EIO, ENOSPC, an image that was cut short) becomes
@@ -12,6 +12,9 @@ mod counters;
 mod disk;
 mod engine;
 mod flight;
+mod helpers;
+mod image;
+mod image_file;
 mod job;
 mod queue;
 mod request;
@@ -28,7 +31,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
-pub use disk::{Disk, DiskError, DiskOptions, SECTOR};
+pub use disk::{Disk, DiskError, DiskFormat, DiskOptions, SECTOR};
 
 use self::counters::BlockCounters;
 use self::engine::Engine;
@@ -192,8 +195,12 @@ impl VirtioDevice for Block {
         let mut workers = Vec::new();
         for index in indices {
             let (ring, kick) = Ring::take(&mut activation, index)?;
-            let handler = BlockQueue::new(ring, Arc::clone(&shared), (self.engine)(QUEUE_SIZE));
             let name = if index == 0 { self.name.clone() } else { format!("{}.{index}", self.name) };
+            let mut engine = (self.engine)(QUEUE_SIZE);
+            if self.disk.image().is_some() {
+                engine.help(&name).map_err(ActivateError::Worker)?;
+            }
+            let handler = BlockQueue::new(ring, Arc::clone(&shared), engine);
             let worker = Worker::spawn(&name, vec![kick], handler, &activation);
             workers.push(worker.map_err(ActivateError::Worker)?);
         }

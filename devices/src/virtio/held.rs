@@ -132,6 +132,18 @@ impl HeldAreas {
         }
     }
 
+    /// Fills them with zeroes.
+    pub fn clear(&self) {
+        let mut rest = Self { parts: self.parts.clone(), constant: self.constant, ..Self::default() };
+        rest.first = self.first;
+        rest.len = self.len;
+        while !rest.is_empty() {
+            let count = rest.len.min(ZEROES.len());
+            rest.copy_from(&ZEROES[..count]);
+            rest.advance(count);
+        }
+    }
+
     /// Fills what is left from `fd` at `offset`.
     ///
     /// # Errors
@@ -245,9 +257,10 @@ mod tests {
         assert_eq!((front.len(), all.len()), (5, 7));
         front.copy_from(b"ABCDEXX");
         all.advance(1);
+        all.clear();
         let mut bytes = [0; 0x25];
         ram.read_slice(&mut bytes, GuestAddress(0x10)).unwrap();
-        assert_eq!((&bytes[..3], &bytes[0x10..0x14], &bytes[0x20..]), (&b"ABC"[..], &b"DEfg"[..], &b"hijkl"[..]));
+        assert_eq!((&bytes[..3], &bytes[0x10..0x14], &bytes[0x20..]), (&b"ABC"[..], &b"DEf\0"[..], &[0; 5][..]));
         assert_eq!(all.take(100).len(), 6);
         assert!(all.is_empty() && all.take(1).is_empty() && all.iovecs().is_empty());
     }

@@ -7,7 +7,7 @@ use crate::place::Place;
 use crate::{assets, debian};
 
 /// What the project needs of the system, besides Rust.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 16] = [
     "mmdebstrap",
     "fakeroot",
     "cpio",
@@ -16,6 +16,7 @@ const PACKAGES: [&str; 15] = [
     "iputils-ping",
     "curl",
     "iperf3",
+    "qemu-utils",
     "pkg-config",
     "libclang-dev",
     "bzip2",

@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::io;
 
-use super::disk::Disk;
+use super::disk::{Disk, Place};
 use super::job::{Action, Job};
 use super::request::Extent;
 use crate::virtio::held::HeldAreas;
@@ -68,11 +68,11 @@ impl Flight {
             Some(Work::Transfer { write, offset, areas }) => transfer(disk, *write, self.stable, offset, areas)?,
             Some(Work::Sync) => {
                 self.work = None;
-                return Ok(Some(Job::bare(disk.file(), Action::Sync, 0)));
+                return Ok(Some(Job::bare(disk.target(), Action::Sync, 0)));
             }
             Some(Work::Discard(extents)) => {
-                let punch = |extent: Extent| Job::bare(disk.file(), Action::Punch { len: extent.len }, extent.offset);
-                extents.pop_front().map(punch)
+                let discard = |Extent { offset, len, .. }| Job::bare(disk.target(), Action::Discard { len }, offset);
+                extents.pop_front().map(discard)
             }
             Some(Work::WriteZeroes(extents)) => {
                 let first = |extent: Extent| if extent.unmap { Attempt::Punch } else { Attempt::ZeroRange };
@@ -115,11 +115,11 @@ impl Flight {
     fn zero(&self, disk: &Disk) -> Option<Job> {
         let (Extent { offset, len, .. }, attempt) = self.zeroing?;
         Some(match attempt {
-            Attempt::Punch => Job::bare(disk.file(), Action::Punch { len }, offset),
-            Attempt::ZeroRange => Job::bare(disk.file(), Action::ZeroRange { len }, offset),
+            Attempt::Punch => Job::bare(disk.target(), Action::Punch { len }, offset),
+            Attempt::ZeroRange => Job::bare(disk.target(), Action::ZeroRange { len }, offset),
             Attempt::Write => {
                 let areas = HeldAreas::zeroes(len as usize);
-                Job { areas, ..Job::bare(disk.file(), Action::Write { stable: false }, offset) }
+                Job { areas, ..Job::bare(disk.target(), Action::Write { stable: false }, offset) }
             }
         })
     }
@@ -133,11 +133,18 @@ fn transfer(
     offset: &mut u64,
     areas: &mut HeldAreas,
 ) -> io::Result<Option<Job>> {
-    if areas.is_empty() {
-        return Ok(None);
+    while !areas.is_empty() {
+        let place = disk.locate(*offset, areas.len() as u64, write, stable)?;
+        let (Place::There { len, .. } | Place::Zeroes(len)) = &place;
+        let part = areas.take(usize::try_from(*len).unwrap_or(usize::MAX));
+        *offset += part.len() as u64;
+        match place {
+            Place::Zeroes(_) => part.clear(),
+            Place::There { target, offset, padded, lease, .. } => {
+                let action = if write { Action::Write { stable } } else { Action::Read { padded } };
+                return Ok(Some(Job { areas: part, lease, ..Job::bare(target, action, offset) }));
+            }
+        }
     }
-    let action = if write { Action::Write { stable } } else { Action::Read };
-    let part = areas.take(usize::MAX);
-    let job = Job { areas: part, ..Job::bare(disk.file(), action, *offset) };
-    Ok(Some(job))
+    Ok(None)
 }

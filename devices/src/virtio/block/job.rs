@@ -7,13 +7,17 @@ use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::image::{Image, Lease};
 use crate::virtio::held::HeldAreas;
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Fill the areas.
-    Read,
+    Read {
+        /// What lies past the file's end reads as zeroes, else it is an error.
+        padded: bool,
+    },
     /// Write the areas.
     Write {
         /// They are to be on the disk when it is done.
@@ -21,6 +25,11 @@ pub enum Action {
     },
     /// Bring everything written to the disk.
     Sync,
+    /// Deallocate `len` bytes as far as that costs nothing.
+    Discard {
+        /// Bytes.
+        len: u64,
+    },
     /// Deallocate `len` bytes, which then read as zeroes.
     Punch {
         /// Bytes.
@@ -38,29 +47,48 @@ impl Action {
     pub fn allocation(self) -> Option<(FallocateFlags, u64)> {
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match self {
-            Self::Punch { len } => Some((keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, len)),
+            Self::Punch { len } | Self::Discard { len } => Some((keep | FallocateFlags::FALLOC_FL_PUNCH_HOLE, len)),
             Self::ZeroRange { len } => Some((keep | FallocateFlags::FALLOC_FL_ZERO_RANGE, len)),
             _ => None,
         }
     }
 }
 
-/// One thing for a file or block device to do.
+/// Who is to do it.
+pub enum Target {
+    /// A file or block device.
+    File(Arc<File>),
+    /// A disk image, where its file alone will not do.
+    Image(Arc<Image>),
+}
+
+/// One thing for a file, a block device or a disk image to do.
 pub struct Job {
     /// Which.
-    pub file: Arc<File>,
+    pub target: Target,
     /// What.
     pub action: Action,
     /// Where, in bytes.
     pub offset: u64,
     /// The memory to read into or to write: what is left of it.
     pub areas: HeldAreas,
+    /// What keeps the place in the file from becoming another's.
+    #[expect(dead_code, reason = "it has only to be there")]
+    pub lease: Option<Lease>,
 }
 
 impl Job {
     /// A job without memory.
-    pub fn bare(file: &Arc<File>, action: Action, offset: u64) -> Self {
-        Self { file: Arc::clone(file), action, offset, areas: HeldAreas::default() }
+    pub fn bare(target: Target, action: Action, offset: u64) -> Self {
+        Self { target, action, offset, areas: HeldAreas::default(), lease: None }
+    }
+
+    /// The file, where the target is one.
+    pub fn file(&self) -> Option<&Arc<File>> {
+        match &self.target {
+            Target::File(file) => Some(file),
+            Target::Image(_) => None,
+        }
     }
 
     /// Does what is left of it.
@@ -68,14 +96,24 @@ impl Job {
     /// # Errors
     /// `UnexpectedEof` when the file ends before the areas are full, else what the system says.
     pub fn run(&mut self) -> io::Result<()> {
+        let file = match &self.target {
+            Target::File(file) => file,
+            Target::Image(image) => return image.run(self.action, self.offset, &mut self.areas),
+        };
         match self.action {
-            Action::Read => self.areas.read_at(self.file.as_fd(), self.offset),
-            Action::Write { stable } => self.areas.write_at(self.file.as_fd(), self.offset, stable),
-            Action::Sync => self.file.sync_data(),
-            Action::Punch { .. } | Action::ZeroRange { .. } => {
+            Action::Read { padded } => match self.areas.read_at(file.as_fd(), self.offset) {
+                Err(e) if padded && e.kind() == io::ErrorKind::UnexpectedEof => {
+                    self.areas.clear();
+                    Ok(())
+                }
+                result => result,
+            },
+            Action::Write { stable } => self.areas.write_at(file.as_fd(), self.offset, stable),
+            Action::Sync => file.sync_data(),
+            Action::Discard { .. } | Action::Punch { .. } | Action::ZeroRange { .. } => {
                 let (mode, len) = self.action.allocation().ok_or(io::ErrorKind::InvalidInput)?;
                 let place = |n: u64| libc::off_t::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
-                Ok(fallocate(&*self.file, mode, place(self.offset)?, place(len)?)?)
+                Ok(fallocate(&**file, mode, place(self.offset)?, place(len)?)?)
             }
         }
     }
@@ -86,9 +124,13 @@ impl Job {
     /// As [`Job::run`].
     pub fn progress(&mut self, done: usize) -> io::Result<bool> {
         match self.action {
-            Action::Read if done == 0 && !self.areas.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            Action::Read { padded: true } if done == 0 => {
+                self.areas.clear();
+                Ok(true)
+            }
+            Action::Read { .. } if done == 0 && !self.areas.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
             Action::Write { .. } if done == 0 && !self.areas.is_empty() => Err(io::ErrorKind::WriteZero.into()),
-            Action::Read | Action::Write { .. } => {
+            Action::Read { .. } | Action::Write { .. } => {
                 self.areas.advance(done);
                 self.offset += done as u64;
                 Ok(self.areas.is_empty())

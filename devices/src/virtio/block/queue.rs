@@ -261,7 +261,7 @@ impl BlockQueue {
 
 impl Handler for BlockQueue {
     fn sources(&self) -> Vec<(RawFd, u16)> {
-        self.engine.source().map(|fd| (fd, DONE)).into_iter().collect()
+        self.engine.sources().into_iter().map(|fd| (fd, DONE)).collect()
     }
 
     fn kicked(&mut self, _position: usize) -> Result<(), Fault> {
@@ -275,6 +275,13 @@ impl Handler for BlockQueue {
 
     fn drain(&mut self) {
         self.settle();
+        // Whoever saves or copies the disk now looks at the file.
+        if let Some(image) = self.shared.disk.image()
+            && !self.shared.disk.read_only()
+            && let Err(e) = image.write_back()
+        {
+            warn!(device = %self.shared.name, "cannot bring the disk image up to date: {e}");
+        }
     }
 
     fn rings(&self) -> Vec<&Ring> {

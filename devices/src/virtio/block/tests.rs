@@ -1,3 +1,4 @@
+mod images;
 mod load;
 mod trim;
 
@@ -20,12 +21,15 @@ use crate::virtio::testing::{
 };
 use crate::virtio::worker::Handler;
 
+/// Written while a process is started, read by tests that open a disk again as soon as they have closed it.
+static FORKS: std::sync::RwLock<()> = std::sync::RwLock::new(());
+
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
-    Disk::open(path, DiskOptions { read_only })
+    Disk::open(path, DiskOptions { read_only, ..DiskOptions::default() })
 }
 
 fn header(kind: u32, sector: u64) -> [u8; 16] {
@@ -285,6 +289,7 @@ fn broken_chains_need_a_reset_and_get_over_it() {
         &[say(1, WRITE | NEXT), (0x20_0000, 16, 0, 0)],         // the wrong way round
         &[(0x10_0000, 24, INDIRECT, 0)],                        // a torn indirect table
     ];
+    let _no_forks = FORKS.read().unwrap();
     let image = numbered_image(8);
     for chain in broken {
         let mut setup = Setup::on(&image);
@@ -387,6 +392,7 @@ fn unfit_paths_are_refused_by_name() {
 
 #[test]
 fn a_writable_disk_has_one_user() {
+    let _no_forks = FORKS.read().unwrap();
     let image = numbered_image(1);
     let open = |read_only| open(image.path(), read_only);
     let writer = open(false).unwrap();

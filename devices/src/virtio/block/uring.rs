@@ -14,7 +14,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
@@ -55,7 +55,8 @@ impl Uring {
     ///
     /// More than it was made for, or what the kernel must not be asked, is done on the spot.
     pub fn begin(&mut self, tag: u32, mut job: Job) {
-        let sound = job.action != Action::Read || job.areas.writable();
+        let reads = matches!(job.action, Action::Read { .. });
+        let sound = job.file().is_some() && (job.areas.writable() || !reads);
         match self.free.pop() {
             Some(slot) if sound => {
                 self.slots[slot] = Some((tag, job));
@@ -70,7 +71,8 @@ impl Uring {
 
     fn enqueue(&mut self, slot: usize) {
         let Some((_, job)) = &self.slots[slot] else { return };
-        let entry = entry(job).user_data(slot as u64);
+        let Some(file) = job.file() else { return };
+        let entry = entry(job, Fd(file.as_raw_fd())).user_data(slot as u64);
         let mut queue = self.ring.submission();
         // SAFETY: what the entry points to is the slot's: the iovecs and the memory behind them (which `HeldAreas` keeps in
         // place) and the open file. The slot is emptied only when the kernel has answered.
@@ -150,9 +152,9 @@ impl Uring {
     }
 }
 
-impl AsRawFd for Uring {
-    fn as_raw_fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+impl AsFd for Uring {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
     }
 }
 
@@ -170,18 +172,17 @@ impl Drop for Uring {
 }
 
 /// The submission entry for what is left of a job.
-fn entry(job: &Job) -> squeue::Entry {
-    let fd = Fd(job.file.as_raw_fd());
+fn entry(job: &Job, fd: Fd) -> squeue::Entry {
     let parts = job.areas.iovecs();
     let count = parts.len() as u32;
     match job.action {
-        Action::Read => opcode::Readv::new(fd, parts.as_ptr(), count).offset(job.offset).build(),
+        Action::Read { .. } => opcode::Readv::new(fd, parts.as_ptr(), count).offset(job.offset).build(),
         Action::Write { stable } => {
             let flags = if stable { libc::RWF_DSYNC } else { 0 };
             opcode::Writev::new(fd, parts.as_ptr(), count).offset(job.offset).rw_flags(flags).build()
         }
         Action::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-        Action::Punch { .. } | Action::ZeroRange { .. } => {
+        Action::Discard { .. } | Action::Punch { .. } | Action::ZeroRange { .. } => {
             let (mode, len) = job.action.allocation().map_or((0, 0), |(mode, len)| (mode.bits(), len));
             opcode::Fallocate::new(fd, len).offset(job.offset).mode(mode).build()
         }

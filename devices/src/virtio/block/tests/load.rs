@@ -81,19 +81,19 @@ fn how_fast_the_engines_are() {
 }
 
 /// Reads and writes of a region of its own for each of many slots, verified against what the slot must hold.
-struct Slots {
+pub struct Slots {
     /// What each slot holds, once its write has landed.
-    holds: Vec<u8>,
+    pub holds: Vec<u8>,
     /// By head: the slot, and what is being written or where it is read to.
     flying: std::collections::HashMap<u16, (usize, Offered, Option<u8>)>,
     seed: u64,
-    landed: usize,
+    pub landed: usize,
 }
 
-const SLOT: usize = 8192;
+pub const SLOT: usize = 8192;
 
 impl Slots {
-    fn new(count: usize, seed: u64) -> Self {
+    pub fn new(count: usize, seed: u64) -> Self {
         Self { holds: vec![0; count], flying: std::collections::HashMap::new(), seed, landed: 0 }
     }
 
@@ -149,7 +149,7 @@ fn blank(bytes: usize) -> tempfile::NamedTempFile {
 }
 
 /// A device with so many queues, all of them active.
-fn many_queues(disk: Disk, queues: u16, engine: fn(u16) -> Engine) -> Setup {
+pub fn many_queues(disk: Disk, queues: u16, engine: fn(u16) -> Engine) -> Setup {
     let mut block = Block::new("root", Arc::new(disk), BlockOptions { queues });
     block.engine = engine;
     let mut block = Attached::new(block);
@@ -160,7 +160,7 @@ fn many_queues(disk: Disk, queues: u16, engine: fn(u16) -> Engine) -> Setup {
 }
 
 /// Loads all queues until each has had `count` answers, with a pause now and then.
-fn exercise(mut setup: Setup, slots: &mut [Slots], count: usize) -> Setup {
+pub fn exercise(mut setup: Setup, slots: &mut [Slots], count: usize) -> Setup {
     let per_queue = slots[0].holds.len();
     let mut rounds = 0_u32;
     until("enough answers", || {
@@ -257,7 +257,10 @@ fn requests_overtake_each_other_and_a_full_queue_goes_on() {
     };
     let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(quiet)));
     let file = Arc::new(image.reopen().unwrap());
-    let read = |file: &Arc<File>| job::Job { areas: memory(), ..job::Job::bare(file, job::Action::Read, 0) };
+    let read = |file: &Arc<File>| {
+        let target = job::Target::File(Arc::clone(file));
+        job::Job { areas: memory(), ..job::Job::bare(target, job::Action::Read { padded: false }, 0) }
+    };
     ring.begin(7, read(&pipe));
     for round in 0..20 {
         (0..3).for_each(|i| ring.begin(10 + i, read(&file)));
@@ -287,4 +290,21 @@ fn requests_overtake_each_other_and_a_full_queue_goes_on() {
     ring.wait().unwrap();
     let (8, Err(error)) = ring.next_done().unwrap() else { panic!() };
     assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn a_disk_can_be_opened_again_as_soon_as_it_is_closed() {
+    let _no_forks = FORKS.read().unwrap();
+    let image = blank(64 * SLOT);
+    for _ in 0..300 {
+        let mut setup = Setup::on(&image);
+        let queue = &mut setup.driver.queues[0];
+        // Not alone, so that the kernel's own threads do it.
+        for _ in 0..3 {
+            queue.offer(&[Part::Say(&header(VIRTIO_BLK_T_OUT, 0)), Part::Say(&[7; 512]), Part::Room(1)]);
+            queue.offer(&[Part::Say(&header(VIRTIO_BLK_T_FLUSH, 0)), Part::Room(1)]);
+        }
+        queue.kick();
+        (0..6).for_each(|_| assert_eq!(queue.await_used().1, 1));
+    }
 }
