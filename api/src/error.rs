@@ -34,6 +34,8 @@ pub enum ErrorCode {
     SaveFailed,
     /// The tap interface does not exist, is taken, or may not be used.
     TapUnavailable,
+    /// A unix socket cannot be made where it should: the path is taken, too long, or may not be written.
+    SocketUnavailable,
     /// `/dev/kvm` is missing, may not be opened or lacks a capability.
     KvmUnavailable,
     /// KVM is there but this host's KVM cannot run stock kernels.
@@ -65,6 +67,7 @@ impl ErrorCode {
             | Self::ImageUnusable
             | Self::StateInvalid
             | Self::SaveFailed
+            | Self::SocketUnavailable
             | Self::TapUnavailable => 422,
             Self::Internal => 500,
             Self::Busy | Self::KvmUnavailable | Self::KvmCannotRunLinux => 503,

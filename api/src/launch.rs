@@ -73,6 +73,10 @@ pub struct RestoreConfig {
     /// The taps that network cards are on now.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<MovedNet>,
+    /// The vsock's socket, for one that had any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub vsock: Option<PathBuf>,
     /// Where the kernel is now: the guest's next reset boots it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]

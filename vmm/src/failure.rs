@@ -5,6 +5,7 @@ use std::io;
 use civic_api::{ErrorBody, ErrorCode};
 use civic_devices::tap::TapError;
 use civic_devices::virtio::block::DiskError;
+use civic_devices::virtio::vsock::VsockError;
 use civic_fork::image;
 
 use crate::boot::BootError;
@@ -27,6 +28,11 @@ impl From<ResourceError> for ErrorBody {
             ResourceError::Initrd { .. } => (ErrorCode::ImageUnusable, None),
             ResourceError::Disk { source, .. } => disk(source),
             ResourceError::Tap { source, .. } => tap(source),
+            ResourceError::Vsock(VsockError::Taken(_)) => (
+                ErrorCode::SocketUnavailable,
+                Some("give each VM a path of its own; remove what a monitor that was killed has left there"),
+            ),
+            ResourceError::Vsock(_) => (ErrorCode::SocketUnavailable, None),
             ResourceError::Console(_) => (ErrorCode::Internal, None),
         };
         told(code, &error, hint)

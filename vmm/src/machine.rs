@@ -19,7 +19,7 @@ pub mod state;
 use std::io;
 use std::sync::Arc;
 
-use civic_api::{BALLOON_STEP_BYTES, MacAddr, NetConfig, VmConfig};
+use civic_api::{BALLOON_STEP_BYTES, DiskConfig, MacAddr, NetConfig, VmConfig};
 use civic_devices::acpi::power::{self, I8042Reset, PowerEvents, PowerManagement, ResetEvents};
 use civic_devices::acpi::tables::{self, AcpiConfig};
 use civic_devices::bus::{Bus, BusDevice, BusError};
@@ -33,6 +33,7 @@ use civic_devices::virtio::console::Console;
 use civic_devices::virtio::net::{Mac, Net};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
 use civic_devices::virtio::rng::Rng;
+use civic_devices::virtio::vsock::Vsock;
 use civic_fork::lazy::LazyMemory;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -53,6 +54,11 @@ use crate::resources::Resources;
 use crate::vcpu::{Buses, Gate, VcpuEvent, Vcpus};
 
 pub use self::meters::Meters;
+
+/// The guest's vsock address where the user gives none: the lowest there is.
+const DEFAULT_CID: u32 = 3;
+/// Most queues of a disk where the user does not say how many.
+const DEFAULT_DISK_QUEUES: u16 = 4;
 
 /// What the guest did that ends this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -346,7 +352,8 @@ fn virtio_devices(
 ) -> Result<Vec<Named>, BuildError> {
     let mut devices: Vec<Named> = Vec::new();
     for (disk, opened) in config.disks.iter().zip(&resources.disks) {
-        devices.push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened), BlockOptions::default()))));
+        devices
+            .push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened), block_options(config, disk)))));
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
         let mac = Mac(effective_mac(config, net).0);
@@ -356,8 +363,17 @@ fn virtio_devices(
     resources.hvc.connect_input(console.input());
     devices.push(("rng".into(), Box::new(Rng::new())));
     devices.push(("console".into(), Box::new(console)));
+    if let (Some(vsock), Some(listener)) = (&config.vsock, &resources.vsock) {
+        let device = Vsock::new(u64::from(vsock.cid.unwrap_or(DEFAULT_CID)), Arc::clone(listener));
+        devices.push(("vsock".into(), Box::new(device.map_err(io_error("the vsock"))?)));
+    }
     devices.extend(balloon.map(|balloon| ("balloon".into(), Box::new(balloon) as Box<dyn VirtioDevice>)));
     Ok(devices)
+}
+
+/// A queue for each vCPU, where the user does not say otherwise, but not so many that most would be idle.
+fn block_options(config: &VmConfig, disk: &DiskConfig) -> BlockOptions {
+    BlockOptions { queues: disk.queues.unwrap_or(u16::from(config.cpus).min(DEFAULT_DISK_QUEUES)) }
 }
 
 fn balloon(config: &VmConfig, memory: &Memory) -> Result<Option<Balloon>, BuildError> {

@@ -163,8 +163,18 @@ impl Vm {
 
 /// The configuration of the VM that was saved, with what `request` says has moved.
 fn moved(saved: &SavedVm, request: RestoreConfig) -> Result<VmConfig, ErrorBody> {
-    let RestoreConfig { name, restore: _, disks, nets, kernel, initrd, allow_changed_disks, overcommit, any_kvm } =
-        request;
+    let RestoreConfig {
+        name,
+        restore: _,
+        disks,
+        nets,
+        vsock,
+        kernel,
+        initrd,
+        allow_changed_disks,
+        overcommit,
+        any_kvm,
+    } = request;
     let mut config = VmConfig { name, overcommit, any_kvm, ..saved.config.clone() };
     let unknown = |what: &str, id: &str| {
         let message = format!("the saved VM has no {what} '{id}'");
@@ -177,6 +187,10 @@ fn moved(saved: &SavedVm, request: RestoreConfig) -> Result<VmConfig, ErrorBody>
     for moved in nets {
         let net = config.nets.iter_mut().find(|net| net.id == moved.id);
         net.ok_or_else(|| unknown("network card", &moved.id))?.tap = moved.tap;
+    }
+    if let Some(uds) = vsock {
+        let vsock = config.vsock.as_mut().ok_or_else(|| unknown("vsock at", &uds.display().to_string()))?;
+        vsock.uds = uds;
     }
     config.kernel = kernel.unwrap_or(config.kernel);
     config.initrd = initrd.or(config.initrd);

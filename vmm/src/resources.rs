@@ -8,10 +8,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use civic_api::{CONSOLE_PORT_SERIAL, VmConfig};
+use civic_api::{CONSOLE_PORT_SERIAL, VmConfig, VsockConfig};
 use civic_devices::console_hub::ConsoleHub;
 use civic_devices::tap::{Tap, TapError};
 use civic_devices::virtio::block::{Disk, DiskError, DiskOptions};
+use civic_devices::virtio::vsock::{VsockError, VsockListener};
 
 use crate::boot::{BootError, Kernel};
 
@@ -63,6 +64,9 @@ pub enum ResourceError {
         #[source]
         source: TapError,
     },
+    /// The vsock's socket cannot be made.
+    #[error("cannot make the socket of the vsock")]
+    Vsock(#[source] VsockError),
     /// A console port could not be made.
     #[error("cannot make a console port")]
     Console(#[source] io::Error),
@@ -78,6 +82,8 @@ pub struct Resources {
     pub disks: Vec<Arc<Disk>>,
     /// By position in the configuration.
     pub taps: Vec<Arc<Tap>>,
+    /// Where host programs reach into the guest.
+    pub vsock: Option<Arc<VsockListener>>,
     /// The first UART.
     pub serial: Arc<ConsoleHub>,
     /// The virtio console.
@@ -113,11 +119,13 @@ impl Resources {
             })?;
             taps.push(Arc::new(opened));
         }
+        let bind = |vsock: &VsockConfig| VsockListener::bind(&vsock.uds).map(Arc::new).map_err(ResourceError::Vsock);
+        let vsock = config.vsock.as_ref().map(bind).transpose()?;
         let hub = |port: &str| {
             let log = File::create(log_dir.join(format!("{port}.log"))).map_err(ResourceError::Console)?;
             ConsoleHub::new(port, HISTORY_BYTES, Some(log)).map_err(ResourceError::Console)
         };
-        Ok(Self { kernel, initrd, disks, taps, serial: hub(CONSOLE_PORT_SERIAL)?, hvc: hub(CONSOLE_PORT_HVC)? })
+        Ok(Self { kernel, initrd, disks, taps, vsock, serial: hub(CONSOLE_PORT_SERIAL)?, hvc: hub(CONSOLE_PORT_HVC)? })
     }
 }
 
