@@ -11,11 +11,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::areas::Areas;
@@ -38,6 +38,15 @@ pub struct Chain<'a> {
     pub writable: Areas<'a>,
 }
 
+/// Whose turn a part of a chain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The driver says something.
+    Readable,
+    /// The device answers.
+    Writable,
+}
+
 /// What a device did with a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
@@ -47,10 +56,18 @@ pub enum Served {
     NotNow,
 }
 
+/// Where the rings' fields are (§2.7.6, §2.7.8): flags, index, entries.
+const INDEX: u64 = 2;
+const ENTRIES: u64 = 4;
+const AVAIL_ENTRY: u64 = 2;
+const USED_ENTRY: u64 = 8;
+
 /// A virtqueue that is being served.
 pub struct Ring {
     index: u16,
     queue: Queue,
+    /// The used ring's index when the driver was last told of it, or when it did not want to be.
+    told: u16,
     kick: EventFd,
     ram: GuestRam,
     interrupt: Arc<dyn Interrupt>,
@@ -69,7 +86,8 @@ impl Ring {
         let for_worker = kick.try_clone().map_err(ActivateError::Worker)?;
         let ram = Arc::clone(&activation.ram);
         let interrupt = Arc::clone(&activation.interrupt);
-        Ok((Self { index, queue, kick, ram, interrupt }, for_worker))
+        let told = queue.next_used();
+        Ok((Self { index, queue, told, kick, ram, interrupt }, for_worker))
     }
 
     /// How many chains it holds at most.
@@ -124,29 +142,47 @@ impl Ring {
     /// # Errors
     /// A broken ring or chain.
     pub fn next<'a>(&mut self, ram: &'a GuestMemoryMmap) -> Result<Option<Chain<'a>>, Fault> {
+        let (mut readable, mut writable) = (Areas::default(), Areas::default());
+        let head = self.walk(ram, |side, part| match side {
+            Side::Readable => readable.push(part),
+            Side::Writable => writable.push(part),
+        })?;
+        Ok(head.map(|head| Chain { head, readable, writable }))
+    }
+
+    /// Takes the next waiting chain, gives its parts to `part` in order, and returns its head. As [`Ring::next`], for a device
+    /// that keeps parts in its own way.
+    ///
+    /// # Errors
+    /// A broken ring or chain. Some parts may have been given.
+    pub fn walk<'a>(
+        &mut self,
+        ram: &'a GuestMemoryMmap,
+        mut part: impl FnMut(Side, VolatileSlice<'a>),
+    ) -> Result<Option<u16>, Fault> {
         if self.queue.avail_idx(ram, Ordering::Acquire)?.0 == self.queue.next_avail() {
             return Ok(None);
         }
         let descriptors = self.queue.iter(ram)?.next().ok_or_else(|| Fault("the available ring went back".into()))?;
-        let mut chain =
-            Chain { head: descriptors.head_index(), readable: Areas::default(), writable: Areas::default() };
-        let fault = |what: &str| Fault(format!("descriptor chain {} {what}", descriptors.head_index()));
+        let head = descriptors.head_index();
+        let fault = |what: &str| Fault(format!("descriptor chain {head} {what}"));
         let mut unfinished = true;
-        for (i, descriptor) in descriptors.clone().enumerate() {
+        let mut side = Side::Readable;
+        for (i, descriptor) in descriptors.enumerate() {
             unfinished = descriptor.has_next();
             if i >= MAX_DESCRIPTORS {
                 return Err(fault("is too long"));
             }
-            let side = match descriptor.is_write_only() {
-                true => &mut chain.writable,
-                false if chain.writable.is_empty() => &mut chain.readable,
+            match descriptor.is_write_only() {
+                true => side = Side::Writable,
+                false if side == Side::Readable => {}
                 false => return Err(fault("has readable parts after writable ones")),
-            };
-            for part in ram.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                side.push(part.map_err(|_| fault("reaches outside RAM"))?);
+            }
+            for slice in ram.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                part(side, slice.map_err(|_| fault("reaches outside RAM"))?);
             }
         }
-        if unfinished { Err(fault("has no end")) } else { Ok(Some(chain)) }
+        if unfinished { Err(fault("has no end")) } else { Ok(Some(head)) }
     }
 
     /// Puts the last `count` chains taken back, to be taken again.
@@ -162,12 +198,49 @@ impl Ring {
         Ok(self.queue.add_used(&*self.ram, head, len)?)
     }
 
+    /// Gives several chains back in one step: a driver sees all of them or none. So it must be for a frame that took several
+    /// buffers (§5.1.6.3.2).
+    ///
+    /// # Errors
+    /// A head was never a valid index.
+    pub fn used_together(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<(), Fault> {
+        let (base, size) = (self.queue.used_ring(), u64::from(self.queue.size()));
+        let mut next = self.queue.next_used();
+        let broken = |e| Fault(format!("broken virtqueue: {e}"));
+        for (head, len) in chains {
+            if u64::from(head) >= size {
+                return Err(Fault(format!("descriptor chain {head} is not of this queue")));
+            }
+            // The ring was within RAM when the queue was made: no sum below overflows.
+            let at = base + ENTRIES + USED_ENTRY * (u64::from(next) % size);
+            let entry = u64::from(head) | u64::from(len) << 32;
+            self.ram.write_obj(entry.to_le(), GuestAddress(at)).map_err(broken)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        self.ram.store(next.to_le(), GuestAddress(base + INDEX), Ordering::Release).map_err(broken)
+    }
+
     /// Interrupts the driver if it wants to hear of the chains given back since the last time.
     ///
     /// # Errors
     /// A broken ring.
     pub fn notify(&mut self) -> Result<(), Fault> {
-        if self.queue.needs_notification(&*self.ram)? {
+        let (told, used) = (std::mem::replace(&mut self.told, self.queue.next_used()), self.queue.next_used());
+        if told == used {
+            return Ok(());
+        }
+        // What the driver wants is read after it can see what was given back (§2.7.7.2): it writes and looks in the other order.
+        fence(Ordering::SeqCst);
+        let ring = self.queue.avail_ring();
+        let word = |offset: u64| self.ram.load::<u16>(GuestAddress(ring + offset), Ordering::Relaxed).map(u16::from_le);
+        let wanted = if self.queue.event_idx_enabled() {
+            let event = word(ENTRIES + AVAIL_ENTRY * u64::from(self.queue.size()));
+            event.map(|event| used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(told))
+        } else {
+            word(0).map(|flags| u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        };
+        if wanted.map_err(|e| Fault(format!("broken virtqueue: {e}")))? {
             self.interrupt.queue(self.index);
         }
         Ok(())
