@@ -27,7 +27,7 @@ mod ring;
 pub mod rng;
 pub mod state;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod vsock;
 pub mod worker;
 

@@ -57,6 +57,12 @@ fn tap(error: &TapError) -> (ErrorCode, Option<&'static str>) {
         TapError::Permission { .. } => {
             "run as root or with CAP_NET_ADMIN, or give the tap to this user ('ip tuntap add … user NAME')"
         }
+        TapError::SingleQueue(_) => {
+            "give the card one queue, or make the tap anew: 'ip tuntap add dev NAME mode tap multi_queue'"
+        }
+        TapError::MultiQueue(_) => {
+            "give the card several queues, or make the tap anew without: 'ip tuntap add dev NAME mode tap'"
+        }
         TapError::Busy(_) => "another process has it: give each VM a tap of its own",
         _ => "'civic doctor' shows what this host can do",
     };
@@ -107,7 +113,7 @@ impl From<BuildError> for ErrorBody {
                 (ErrorCode::KernelUnusable, Some("give the VM more --memory, or a smaller kernel or initrd"))
             }
             BuildError::Boot(_) => (ErrorCode::KernelUnusable, None),
-            BuildError::Layout(_) => (ErrorCode::InvalidConfig, None),
+            BuildError::Layout(_) | BuildError::Net { .. } => (ErrorCode::InvalidConfig, None),
             BuildError::Memory(MemoryError::Allocate { .. } | MemoryError::Map { .. }) => (
                 ErrorCode::OutOfMemory,
                 Some("give the VM less --memory, or raise the limit (ulimit -v, -f) of this process"),

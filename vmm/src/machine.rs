@@ -30,7 +30,7 @@ use civic_devices::virtio::VirtioDevice;
 use civic_devices::virtio::balloon::{Balloon, BalloonControl};
 use civic_devices::virtio::block::{Block, BlockOptions};
 use civic_devices::virtio::console::Console;
-use civic_devices::virtio::net::{Mac, Net};
+use civic_devices::virtio::net::{FrameLink, Mac, Net, NetError, NetOptions};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
 use civic_devices::virtio::rng::Rng;
 use civic_devices::virtio::vsock::Vsock;
@@ -95,6 +95,12 @@ pub enum BuildError {
     Bus(#[from] BusError),
     #[error(transparent)]
     Slot(#[from] SlotError),
+    #[error("network card '{id}' cannot be as it is asked for")]
+    Net {
+        id: String,
+        #[source]
+        source: NetError,
+    },
     #[error("cannot make {what}")]
     Io {
         what: &'static str,
@@ -357,7 +363,10 @@ fn virtio_devices(
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
         let mac = Mac(effective_mac(config, net).0);
-        devices.push((net.id.clone(), Box::new(Net::new(&net.id, Arc::clone(tap) as _, mac))));
+        let links = tap.iter().map(|queue| Arc::clone(queue) as Arc<dyn FrameLink>).collect();
+        let card = Net::new(&net.id, links, NetOptions::new(mac));
+        let card = card.map_err(|source| BuildError::Net { id: net.id.clone(), source })?;
+        devices.push((net.id.clone(), Box::new(card)));
     }
     let console = Console::new(Arc::clone(&resources.hvc)).map_err(io_error("the console"))?;
     resources.hvc.connect_input(console.input());

@@ -80,8 +80,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// By position in the configuration.
     pub disks: Vec<Arc<Disk>>,
-    /// By position in the configuration.
-    pub taps: Vec<Arc<Tap>>,
+    /// By position in the configuration, the queues of each.
+    pub taps: Vec<Vec<Arc<Tap>>>,
     /// Where host programs reach into the guest.
     pub vsock: Option<Arc<VsockListener>>,
     /// The first UART.
@@ -112,12 +112,12 @@ impl Resources {
         }
         let mut taps = Vec::new();
         for net in &config.nets {
-            let opened = Tap::open(&net.tap).map_err(|source| ResourceError::Tap {
+            let opened = Tap::open(&net.tap, 1).map_err(|source| ResourceError::Tap {
                 id: net.id.clone(),
                 tap: net.tap.clone(),
                 source,
             })?;
-            taps.push(Arc::new(opened));
+            taps.push(opened.into_iter().map(Arc::new).collect());
         }
         let bind = |vsock: &VsockConfig| VsockListener::bind(&vsock.uds).map(Arc::new).map_err(ResourceError::Vsock);
         let vsock = config.vsock.as_ref().map(bind).transpose()?;

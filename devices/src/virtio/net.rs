@@ -1,36 +1,49 @@
-//! The network device (virtio 1.2 §5.1): one receive and one transmit queue, frames to and from a host tap.
+//! The network device (virtio 1.2 §5.1): pairs of receive and transmit queues, frames to and from a host tap.
 //!
 //! ```text
-//!  guest ── transmitq ──▶ writev from guest memory ──▶ tap
-//!  guest ◀── receiveq ◀── one frame held here ◀─────── tap
+//!  guest ── transmitq ──▶ writev from guest memory ──▶ ┐
+//!                                                      ├─ tap, one file per pair
+//!  guest ◀── receiveq ◀── readv into guest memory ◀─── ┘
+//!
+//!  guest ── controlq ──▶ pairs in use, offloads, "announced"
 //! ```
 //!
-//! A frame is read only when the one before was delivered: while the receive ring is empty, frames wait (and in the end
-//! are dropped) in the tap's queue, where the host counts them.
+//! Each pair has a thread ([`pair`]) and the control queue one ([`control`]); what they share is the [`card`]. The host steers a
+//! flow to the queue from which the guest sends it, among the pairs in use.
 //!
-//! Readiness is edge-triggered: `readable` remembers that the tap was not yet read dry.
+//! Nothing filters by address: the guest may change its own without telling (CTRL_MAC_ADDR and CTRL_RX are not offered, so the
+//! card is promiscuous, §5.1.6.5.1). UFO is not offered: Linux has none any more.
 
+mod card;
+mod control;
+mod frame;
+mod link;
+mod pair;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::unistd::read;
-use tracing::warn;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
-use super::ring::{Chain, RING_FEATURES, Ring, Served};
-use super::state::{DeviceState, NetStateV1, StateError};
-use super::worker::{Fault, Handler, Worker, Workers};
+pub use link::{FrameLink, LinkSwitch, Offloads};
+
+use self::card::Card;
+use self::control::ControlHandler;
+use self::pair::{Pace, PairHandler};
+use super::rate::{RateLimit, SharedRate};
+use super::ring::{RING_FEATURES, Ring};
+use super::state::{DeviceState, HeldFrameV1, NetStateV1, StateError};
+use super::worker::{Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, read_config_bytes};
-use crate::counters::{Counter, Counters};
+use crate::counters::Counters;
 
 /// Bytes of the header before a frame, `struct virtio_net_hdr_v1`.
 pub const NET_HEADER: usize = 12;
@@ -39,10 +52,11 @@ const NUM_BUFFERS: usize = 10;
 /// The largest frame with its header: a segmentation-offloaded packet of 64 KiB, its Ethernet header and a VLAN tag.
 const MAX_FRAME: usize = NET_HEADER + 18 + 65535;
 const QUEUE_SIZE: u16 = 256;
-const RECEIVE: u16 = 0;
-const TRANSMIT: u16 = 1;
-/// Frames received before the worker looks at its commands again.
-const RECEIVE_TURN: usize = 64;
+const CONTROL_QUEUE_SIZE: u16 = 64;
+/// The most pairs of queues of one card.
+pub const MAX_PAIRS: usize = 32;
+/// The shortest packet that everything can carry (RFC 791), which §5.1.4.1 wants of a device.
+const MIN_MTU: u16 = 68;
 
 /// A hardware address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,48 +74,130 @@ impl Mac {
     }
 }
 
-/// What the far side of a link may leave undone in the frames that it sends to the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offloads {
-    /// Checksums.
-    pub checksum: bool,
-    /// Segmentation of TCP over IPv4.
-    pub tso4: bool,
-    /// Segmentation of TCP over IPv6.
-    pub tso6: bool,
+/// How a card is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetOptions {
+    /// Its address.
+    pub mac: Mac,
+    /// The longest packet that the guest is to send, in bytes after the Ethernet header; what the link says when it is not given.
+    pub mtu: Option<u16>,
+    /// How fast the guest receives. Frames wait in the link meanwhile.
+    pub rx_rate: Option<RateLimit>,
+    /// How fast it sends. Frames wait in the guest meanwhile.
+    pub tx_rate: Option<RateLimit>,
 }
 
-/// Something that carries frames, each with a header of [`NET_HEADER`] bytes before it, one per read or write.
-pub trait FrameLink: Send + Sync {
-    /// Its descriptor, non-blocking. EBADFD from it says that the interface is gone for good.
-    fn fd(&self) -> BorrowedFd<'_>;
-    /// Says what the guest can cope with.
-    ///
-    /// # Errors
-    /// When the far side cannot be told.
-    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+impl NetOptions {
+    /// A card with the address `mac`, and nothing limited.
+    pub fn new(mac: Mac) -> Self {
+        Self { mac, mtu: None, rx_rate: None, tx_rate: None }
+    }
+}
+
+/// Why a card cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// It needs one link for each of its pairs of queues.
+    #[error("a network card has between 1 and {MAX_PAIRS} pairs of queues, not {0}")]
+    Pairs(usize),
+    /// No network carries so short packets.
+    #[error("an MTU of {0} is too small: {MIN_MTU} is the least")]
+    Mtu(u16),
+    /// A limit of zero.
+    #[error("a network card cannot be limited to nothing")]
+    Rate(#[source] io::Error),
+    /// The process has no more descriptors.
+    #[error("cannot make a network card")]
+    Io(#[source] io::Error),
 }
 
 /// A virtio network device.
 pub struct Net {
-    name: String,
-    link: Arc<dyn FrameLink>,
+    card: Arc<Card>,
     mac: Mac,
-    counters: Arc<NetCounters>,
-    /// Frames that wait for receive buffers: the worker's while it runs, here while it is parked.
-    held: Arc<Mutex<Vec<Vec<u8>>>>,
+    mtu: Option<u16>,
+    rx_rate: Option<SharedRate>,
+    tx_rate: Option<SharedRate>,
+    queue_sizes: Vec<u16>,
 }
 
 impl Net {
-    /// A device called `id` with the address `mac` on `link`.
-    pub fn new(id: &str, link: Arc<dyn FrameLink>, mac: Mac) -> Self {
-        Self { name: format!("net:{id}"), link, mac, counters: Arc::default(), held: Arc::default() }
+    /// A device called `id` with as many pairs of queues as there are `links`.
+    ///
+    /// # Errors
+    /// What is wrong with the links or options.
+    pub fn new(id: &str, links: Vec<Arc<dyn FrameLink>>, options: NetOptions) -> Result<Self, NetError> {
+        let pairs = links.len();
+        if !(1..=MAX_PAIRS).contains(&pairs) {
+            return Err(NetError::Pairs(pairs));
+        }
+        if let Some(mtu) = options.mtu.filter(|mtu| *mtu < MIN_MTU) {
+            return Err(NetError::Mtu(mtu));
+        }
+        let mtu = options.mtu.or_else(|| links[0].mtu().filter(|mtu| *mtu >= MIN_MTU));
+        let rate = |limit: Option<RateLimit>| limit.map(SharedRate::new).transpose().map_err(NetError::Rate);
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
+        queue_sizes.push(CONTROL_QUEUE_SIZE);
+        Ok(Self {
+            card: Arc::new(Card::new(format!("net:{id}"), links).map_err(NetError::Io)?),
+            mac: options.mac,
+            mtu,
+            rx_rate: rate(options.rx_rate)?,
+            tx_rate: rate(options.tx_rate)?,
+            queue_sizes,
+        })
     }
 
-    fn held(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The card's cable.
+    pub fn switch(&self) -> Arc<LinkSwitch> {
+        Arc::clone(&self.card.switch)
+    }
+
+    /// The pairs of queues that it has at most.
+    fn max_pairs(&self) -> usize {
+        self.card.links.len()
+    }
+
+    /// The handlers of the pairs that the driver enabled: one, without MQ.
+    fn pair_handlers(&self, activation: &mut Activation) -> Result<Vec<(PairHandler, Kicks)>, ActivateError> {
+        let has = |features: u64, feature: u32| features & 1 << feature != 0;
+        let most = if has(activation.features, VIRTIO_NET_F_MQ) { self.max_pairs() } else { 1 };
+        let mut handlers = Vec::new();
+        for pair in 0..most {
+            let enabled = |index: usize| activation.queues.iter().any(|queue| usize::from(queue.index) == index);
+            if pair > 0 && !(enabled(2 * pair) && enabled(2 * pair + 1)) {
+                break;
+            }
+            let (receive, receive_kick) = Ring::take(activation, 2 * pair as u16)?;
+            let (transmit, transmit_kick) = Ring::take(activation, 2 * pair as u16 + 1)?;
+            let pace = |rate: &Option<SharedRate>| {
+                let limiter = rate.as_ref().map(SharedRate::limiter).transpose().map_err(ActivateError::Worker)?;
+                Ok(limiter.map(Pace::new))
+            };
+            let mut handler = PairHandler::new(pair, (receive, transmit), &self.card, &activation.interrupt);
+            handler.mergeable = has(activation.features, VIRTIO_NET_F_MRG_RXBUF);
+            handler.rx_rate = pace(&self.rx_rate)?;
+            handler.tx_rate = pace(&self.tx_rate)?;
+            handlers.push((handler, vec![receive_kick, transmit_kick]));
+        }
+        Ok(handlers)
+    }
+
+    /// The control queue's handler, if the driver has one. The queue is the one after the last pair that it knows of (§5.1.2).
+    fn control_handler(&self, activation: &mut Activation, receive_kicks: Kicks) -> Result<Control, ActivateError> {
+        let features = activation.features;
+        if features & 1 << VIRTIO_NET_F_CTRL_VQ == 0 {
+            return Ok(None);
+        }
+        let index = if features & 1 << VIRTIO_NET_F_MQ == 0 { 2 } else { 2 * self.max_pairs() as u16 };
+        let (ring, kick) = Ring::take(activation, index)?;
+        let handler = ControlHandler { ring, card: Arc::clone(&self.card), features, kicks: receive_kicks };
+        Ok(Some((handler, vec![kick])))
     }
 }
+
+type Kicks = Vec<vmm_sys_util::eventfd::EventFd>;
+type Control = Option<(ControlHandler, Kicks)>;
 
 impl VirtioDevice for Net {
     fn device_type(&self) -> DeviceType {
@@ -109,306 +205,154 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
+        let optional = [
+            (self.mtu.is_some(), 1 << VIRTIO_NET_F_MTU),
+            (self.max_pairs() > 1, 1 << VIRTIO_NET_F_MQ),
+            (
+                self.card.links[0].segments_udp(),
+                1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6,
+            ),
+        ];
+        let optional = optional.into_iter().filter(|(offered, _)| *offered).fold(0, |all, (_, bits)| all | bits);
         RING_FEATURES
+            | optional
             | 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_STATUS
             | 1 << VIRTIO_NET_F_MRG_RXBUF
             | 1 << VIRTIO_NET_F_CSUM
             | 1 << VIRTIO_NET_F_HOST_TSO4
             | 1 << VIRTIO_NET_F_HOST_TSO6
+            | 1 << VIRTIO_NET_F_HOST_ECN
             | 1 << VIRTIO_NET_F_GUEST_CSUM
             | 1 << VIRTIO_NET_F_GUEST_TSO4
             | 1 << VIRTIO_NET_F_GUEST_TSO6
+            | 1 << VIRTIO_NET_F_GUEST_ECN
+            | 1 << VIRTIO_NET_F_CTRL_VQ
+            | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
+            | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; 2]
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // §5.1.4: the address and the status; nothing after them is offered.
-        let mut config = [0; 8];
+        // §5.1.4: nothing after the MTU is offered.
+        let mut config = [0; 12];
         config[..6].copy_from_slice(&self.mac.0);
-        config[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config[6..8].copy_from_slice(&self.card.switch.status().to_le_bytes());
+        config[8..10].copy_from_slice(&(self.max_pairs() as u16).to_le_bytes());
+        config[10..].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Workers, ActivateError> {
-        let (receive, receive_kick) = Ring::take(&mut activation, RECEIVE)?;
-        let (transmit, transmit_kick) = Ring::take(&mut activation, TRANSMIT)?;
-        let has = |feature: u32| activation.features & 1 << feature != 0;
-        let offloads = Offloads {
-            checksum: has(VIRTIO_NET_F_GUEST_CSUM),
-            tso4: has(VIRTIO_NET_F_GUEST_CSUM) && has(VIRTIO_NET_F_GUEST_TSO4),
-            tso6: has(VIRTIO_NET_F_GUEST_CSUM) && has(VIRTIO_NET_F_GUEST_TSO6),
-        };
-        let mut wire = Wire {
-            name: self.name.clone(),
-            link: Arc::clone(&self.link),
-            counters: Arc::clone(&self.counters),
-            readable: true,
-            gone: false,
-        };
-        if let Err(error) = self.link.set_offloads(offloads) {
-            warn!(device = %self.name, "cannot tell the tap what the guest offloads: {error}");
-            wire.failed(&error);
+        let features = activation.features;
+        let handlers = self.pair_handlers(&mut activation)?;
+        let receive_kicks: io::Result<_> = handlers.iter().map(|(_, kicks)| kicks[0].try_clone()).collect();
+        let control = self.control_handler(&mut activation, receive_kicks.map_err(ActivateError::Worker)?)?;
+        let card = &self.card;
+        // None is in use but after a restore, and then as many as were: the driver starts with one (§5.1.6.5.5).
+        let pairs = card.pairs().clamp(1, handlers.len() as u16);
+        if card.use_pairs(pairs).is_err() {
+            // The driver takes frames from any pair.
+            let _ = card.use_pairs(1);
         }
-        let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
-        let mut held = 0;
-        if let Some(waiting) = self.held().pop() {
-            held = waiting.len();
-            frame[..held].copy_from_slice(&waiting);
+        let asked = card.offloads();
+        card.set_offloads(features & asked.unwrap_or(u64::MAX), asked.is_some());
+        let announces = features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0;
+        card.switch.set_announces(announces);
+        if activation.paused {
+            // Out of a saved state: the card may be somewhere else now.
+            card.switch.announce();
         }
-        let handler = NetHandler {
-            receive,
-            transmit,
-            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
-            wire,
-            frame,
-            held,
-            parked: Arc::clone(&self.held),
-            transmit_blocked: false,
-        };
-        let kicks = vec![receive_kick, transmit_kick];
-        let worker = Worker::spawn(&self.name, kicks, handler, &activation);
-        Ok(worker.map_err(ActivateError::Worker)?.into())
+        let mut workers = Vec::new();
+        for (handler, kicks) in handlers {
+            let name = match handler.pair {
+                0 => card.name.clone(),
+                pair => format!("{}.{pair}", card.name),
+            };
+            workers.push(Worker::spawn(&name, kicks, handler, &activation).map_err(ActivateError::Worker)?);
+        }
+        if let Some((handler, kicks)) = control {
+            let name = format!("{}.c", card.name);
+            workers.push(Worker::spawn(&name, kicks, handler, &activation).map_err(ActivateError::Worker)?);
+        }
+        Ok(Workers::new(workers))
     }
 
     fn reset(&mut self) {
-        self.held().clear();
+        self.card.reset();
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Net(NetStateV1 { mac: self.mac.0, held: self.held().clone() })
+        let held = |pair: usize| {
+            let bytes = self.card.way(pair).held.clone();
+            (!bytes.is_empty()).then_some(HeldFrameV1 { pair: pair as u16, bytes })
+        };
+        DeviceState::Net(NetStateV1 {
+            mac: self.mac.0,
+            mtu: self.mtu,
+            pairs: self.card.pairs(),
+            offloads: self.card.offloads(),
+            link_up: self.card.switch.is_up(),
+            held: (0..self.max_pairs()).filter_map(held).collect(),
+        })
     }
 
     fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
-        let DeviceState::Net(NetStateV1 { mac, held }) = state else {
+        let DeviceState::Net(state) = state else {
             return Err(StateError::WrongDevice("network card"));
         };
-        if mac != self.mac.0 {
-            let (saved, now) = (format!("{mac:02x?}"), format!("{:02x?}", self.mac.0));
-            return Err(StateError::Differs { what: "the network card's address", saved, now });
+        self.check(&state)?;
+        for pair in 0..self.max_pairs() {
+            let mut way = self.card.way(pair);
+            way.in_use = pair < usize::from(state.pairs);
+            way.held.clear();
         }
-        if held.len() > 1 || held.iter().any(|frame| frame.len() <= NET_HEADER || frame.len() > MAX_FRAME) {
-            return Err(StateError::Impossible("a network card holds what is no frame"));
+        for frame in state.held {
+            self.card.way(usize::from(frame.pair)).held = frame.bytes;
         }
-        *self.held() = held;
+        self.card.restore_offloads(state.offloads);
+        self.card.switch.set_up(state.link_up);
         Ok(())
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
-        Arc::clone(&self.counters) as _
+        Arc::clone(&self.card) as _
     }
 }
 
-#[derive(Default)]
-struct NetCounters {
-    rx_frames: Counter,
-    rx_bytes: Counter,
-    rx_drops: Counter,
-    tx_frames: Counter,
-    tx_bytes: Counter,
-    tx_drops: Counter,
-    errors: Counter,
-}
-
-impl Counters for NetCounters {
-    fn read(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("rx_frames", self.rx_frames.get()),
-            ("rx_bytes", self.rx_bytes.get()),
-            ("rx_drops", self.rx_drops.get()),
-            ("tx_frames", self.tx_frames.get()),
-            ("tx_bytes", self.tx_bytes.get()),
-            ("tx_drops", self.tx_drops.get()),
-            ("errors", self.errors.get()),
-        ]
-    }
-}
-
-/// The link and what is known of its state.
-struct Wire {
-    name: String,
-    link: Arc<dyn FrameLink>,
-    counters: Arc<NetCounters>,
-    /// It was not yet read until it would block.
-    readable: bool,
-    /// The interface was deleted: nothing is read any more, what is sent is dropped.
-    gone: bool,
-}
-
-impl Wire {
-    fn failed(&mut self, error: &io::Error) {
-        self.counters.errors.add(1);
-        if error.raw_os_error() == Some(libc::EBADFD) && !self.gone {
-            self.gone = true;
-            self.readable = false;
-            warn!(device = %self.name, "its tap interface is gone: the guest's frames go nowhere");
+impl Net {
+    /// Whether this card can go on from `state`.
+    fn check(&self, state: &NetStateV1) -> Result<(), StateError> {
+        let differs = |what, saved, now| Err(StateError::Differs { what, saved, now });
+        let NetStateV1 { mac, mtu, pairs, offloads, link_up: _, held } = state;
+        if *mac != self.mac.0 {
+            let hex = |mac: [u8; 6]| format!("{mac:02x?}");
+            return differs("the network card's address", hex(*mac), hex(self.mac.0));
         }
-    }
-
-    /// Reads one frame with its header into `frame`; zero when none waits.
-    fn read(&mut self, frame: &mut [u8]) -> usize {
-        while self.readable && !self.gone {
-            match read(self.link.fd(), frame) {
-                Ok(len) if len > NET_HEADER => return len,
-                // The far side was closed, or sends what is no frame.
-                Ok(_) => {
-                    self.counters.errors.add(1);
-                    self.readable = false;
-                }
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => self.readable = false,
-                Err(errno) => {
-                    self.readable = false;
-                    self.failed(&errno.into());
-                }
-            }
+        if *mtu != self.mtu {
+            let bytes = |mtu: Option<u16>| mtu.map_or("unknown".into(), |mtu| mtu.to_string());
+            return differs("the network card's MTU", bytes(*mtu), bytes(self.mtu));
         }
-        0
-    }
-
-    /// Sends one frame with its header.
-    fn send(&mut self, chain: &Chain<'_>) -> Served {
-        let frame = &chain.readable;
-        let counters = Arc::clone(&self.counters);
-        if self.gone || frame.len() <= NET_HEADER || frame.len() > MAX_FRAME {
-            counters.tx_drops.add(1);
-            return Served::Used(0);
+        if usize::from(*pairs) > self.max_pairs() {
+            return differs(
+                "the network card's number of queues in use",
+                pairs.to_string(),
+                self.max_pairs().to_string(),
+            );
         }
-        match frame.send(self.link.fd()) {
-            Ok(_) => {
-                counters.tx_frames.add(1);
-                counters.tx_bytes.add((frame.len() - NET_HEADER) as u64);
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Served::NotNow,
-            // The interface is down (EIO), or the frame is nonsense (EINVAL).
-            Err(e) => {
-                counters.tx_drops.add(1);
-                self.failed(&e);
-            }
+        if offloads.is_some_and(|offloads| offloads & !(link::GUEST_OFFLOADS & self.features()) != 0) {
+            return Err(StateError::Impossible("a network card has offloads that are none"));
         }
-        Served::Used(0)
-    }
-}
-
-struct NetHandler {
-    receive: Ring,
-    transmit: Ring,
-    /// A frame may spread over several receive buffers.
-    mergeable: bool,
-    wire: Wire,
-    /// Room for one frame with its header.
-    frame: Box<[u8]>,
-    /// Bytes of `frame` that wait for receive buffers.
-    held: usize,
-    /// Where they are left while the worker is parked.
-    parked: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// The link would not take the next frame: it says when it does.
-    transmit_blocked: bool,
-}
-
-impl Handler for NetHandler {
-    fn sources(&self) -> Vec<(RawFd, u16)> {
-        vec![(self.wire.link.fd().as_raw_fd(), 0)]
-    }
-
-    fn kicked(&mut self, position: usize) -> Result<(), Fault> {
-        if position == usize::from(RECEIVE) { self.receive_frames() } else { self.send_frames() }
-    }
-
-    fn ready(&mut self, _token: u16) -> Result<(), Fault> {
-        self.wire.readable = true;
-        self.receive_frames()?;
-        if self.transmit_blocked { self.send_frames() } else { Ok(()) }
-    }
-
-    fn drain(&mut self) {
-        let held = &self.frame[..self.held];
-        let waiting = if held.is_empty() { Vec::new() } else { vec![held.to_vec()] };
-        *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
-    }
-
-    fn rings(&self) -> Vec<&Ring> {
-        vec![&self.receive, &self.transmit]
-    }
-}
-
-impl NetHandler {
-    fn send_frames(&mut self) -> Result<(), Fault> {
-        let Self { transmit, wire, transmit_blocked, .. } = self;
-        *transmit_blocked = false;
-        transmit.serve(|chain| {
-            let served = wire.send(&chain);
-            *transmit_blocked = served == Served::NotNow;
-            Ok(served)
-        })
-    }
-
-    /// Delivers frames until none waits, the guest has no buffers, or it was enough for one turn.
-    fn receive_frames(&mut self) -> Result<(), Fault> {
-        self.receive.ignore_kicks()?;
-        for _ in 0..RECEIVE_TURN {
-            if self.held == 0 {
-                self.held = self.wire.read(&mut self.frame);
-            }
-            if self.held == 0 {
-                return self.receive.notify();
-            }
-            if !self.deliver()? {
-                return self.receive.notify();
-            }
+        // In order, so that none comes twice.
+        let ordered = held.windows(2).all(|two| two[0].pair < two[1].pair);
+        let sound =
+            |frame: &HeldFrameV1| frame.pair < *pairs && (NET_HEADER + 1..=MAX_FRAME).contains(&frame.bytes.len());
+        if !ordered || !held.iter().all(sound) {
+            return Err(StateError::Impossible("a network card holds what is no frame"));
         }
-        self.receive.notify()?;
-        self.receive.kick_self()
-    }
-
-    /// Copies the held frame into receive buffers; false, with the buffers put back and a kick asked
-    /// for, when there are not enough.
-    fn deliver(&mut self) -> Result<bool, Fault> {
-        let ram = self.receive.ram();
-        let mut chains: Vec<Chain<'_>> = Vec::new();
-        let mut room = 0;
-        while room < self.held {
-            if chains.len() == usize::from(self.receive.size()) {
-                break;
-            }
-            let Some(chain) = self.receive.next(&ram)? else {
-                // Before they are put back: the kick has to come with the next buffer, not with one that is there.
-                if self.receive.await_kick()? {
-                    continue;
-                }
-                self.receive.put_back(chains.len() as u16);
-                return Ok(false);
-            };
-            if chain.writable.len() < NET_HEADER {
-                return Err(Fault(format!("receive buffer {} has no room for a header", chain.head)));
-            }
-            room += chain.writable.len();
-            chains.push(chain);
-            if !self.mergeable {
-                break;
-            }
-        }
-        if room < self.held {
-            // No buffer, nor a whole ring of them, will ever hold it.
-            self.receive.put_back(chains.len() as u16);
-            self.wire.counters.rx_drops.add(1);
-            self.held = 0;
-            return Ok(true);
-        }
-        let buffers = if self.mergeable { chains.len() as u16 } else { 1 };
-        self.frame[NUM_BUFFERS..NET_HEADER].copy_from_slice(&buffers.to_le_bytes());
-        self.wire.counters.rx_frames.add(1);
-        self.wire.counters.rx_bytes.add((self.held - NET_HEADER) as u64);
-        let mut rest = &self.frame[..self.held];
-        for chain in chains {
-            let len = chain.writable.copy_from(rest);
-            rest = &rest[len..];
-            self.receive.used(chain.head, len as u32)?;
-        }
-        self.held = 0;
-        Ok(true)
+        Ok(())
     }
 }

@@ -116,8 +116,25 @@ pub struct BlockStateV1 {
 pub struct NetStateV1 {
     /// Hardware address.
     pub mac: [u8; 6],
-    /// Frames with their headers that came from the link and wait for receive buffers.
-    pub held: Vec<Vec<u8>>,
+    /// The longest packet, as the guest was told.
+    pub mtu: Option<u16>,
+    /// Pairs of queues that the driver uses.
+    pub pairs: u16,
+    /// The feature bits of the guest's offloads, where the driver changed them after negotiation.
+    pub offloads: Option<u64>,
+    /// Whether the cable is in.
+    pub link_up: bool,
+    /// Frames that came from the link and wait for receive buffers: at most one per pair.
+    pub held: Vec<HeldFrameV1>,
+}
+
+/// A frame that waits for receive buffers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldFrameV1 {
+    /// The pair of queues through which it goes.
+    pub pair: u16,
+    /// The frame with its header.
+    pub bytes: Vec<u8>,
 }
 
 /// A console.

@@ -1,7 +1,16 @@
-use std::os::fd::{AsFd, OwnedFd};
+mod bench;
+mod control;
+mod flow;
+mod real;
+mod saved;
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
-use nix::unistd::write;
+use nix::unistd::{read, write};
 use proptest::prelude::*;
 
 use super::*;
@@ -11,6 +20,7 @@ use crate::virtio::testing::{Attached, Driver, DriverQueue, NEXT, Part, WRITE, c
 struct Socket {
     fd: OwnedFd,
     offloads: Mutex<Option<Offloads>>,
+    attached: Mutex<Option<bool>>,
     gone: bool,
 }
 
@@ -22,27 +32,56 @@ impl FrameLink for Socket {
         *self.offloads.lock().unwrap() = Some(offloads);
         if self.gone { Err(Errno::EBADFD.into()) } else { Ok(()) }
     }
+    fn segments_udp(&self) -> bool {
+        true
+    }
+    fn mtu(&self) -> Option<u16> {
+        Some(1400)
+    }
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        *self.attached.lock().unwrap() = Some(attached);
+        Ok(())
+    }
 }
 
+/// A card whose links are sockets, and their far ends.
 struct Setup {
     net: Attached<Net>,
-    link: Arc<Socket>,
-    far: OwnedFd,
+    links: Vec<Arc<Socket>>,
+    far: Vec<OwnedFd>,
     driver: Driver,
 }
 
 const MERGEABLE: u64 = RING_FEATURES | 1 << VIRTIO_NET_F_MRG_RXBUF;
 
+fn options() -> NetOptions {
+    NetOptions::new(Mac::derived("vm eth0"))
+}
+
+fn plug(gone: bool) -> (Arc<Socket>, OwnedFd) {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let (near, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+    for end in [&near, &far] {
+        setsockopt(end, sockopt::SndBuf, &(200 << 10)).unwrap();
+    }
+    (Arc::new(Socket { fd: near, offloads: Mutex::default(), attached: Mutex::default(), gone }), far)
+}
+
+fn made(id: &str, links: &[Arc<Socket>], options: NetOptions) -> Attached<Net> {
+    let links = links.iter().map(|link| Arc::clone(link) as _).collect();
+    Attached::new(Net::new(id, links, options).unwrap())
+}
+
 impl Setup {
     fn inactive(gone: bool) -> Self {
-        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let (near, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        for end in [&near, &far] {
-            setsockopt(end, sockopt::SndBuf, &(200 << 10)).unwrap();
-        }
-        let link = Arc::new(Socket { fd: near, offloads: Mutex::default(), gone });
-        let net = Attached::new(Net::new("eth0", Arc::clone(&link) as _, Mac::derived("vm eth0")));
-        Self { net, link, far, driver: Driver::new(&[QUEUE_SIZE; 2]) }
+        Self::with(1, options(), gone)
+    }
+
+    fn with(pairs: usize, options: NetOptions, gone: bool) -> Self {
+        let (links, far): (Vec<_>, _) = (0..pairs).map(|_| plug(gone)).unzip();
+        let net = made("eth0", &links, options);
+        let driver = Driver::new(net.queue_max_sizes());
+        Self { net, links, far, driver }
     }
 
     fn new(features: u64) -> Self {
@@ -51,10 +90,18 @@ impl Setup {
         setup
     }
 
+    /// All features, on so many pairs.
+    fn full(pairs: usize) -> Self {
+        let mut setup = Self::with(pairs, options(), false);
+        let features = setup.net.features();
+        setup.net.activate(setup.driver.activation(features)).unwrap();
+        setup
+    }
+
     /// A frame arrives from the host: a zeroed header and `body`.
     fn arrive(&self, body: &[u8]) {
         let frame = [&[0; NET_HEADER][..], body].concat();
-        assert_eq!(write(&self.far, &frame), Ok(frame.len()));
+        assert_eq!(write(&self.far[0], &frame), Ok(frame.len()));
     }
 
     /// The next frame that the host gets.
@@ -62,7 +109,7 @@ impl Setup {
         let mut frame = vec![0; MAX_FRAME];
         let mut got = Err(Errno::EAGAIN);
         until("frame", || {
-            got = read(&self.far, &mut frame);
+            got = read(&self.far[0], &mut frame);
             got != Err(Errno::EAGAIN)
         });
         frame.truncate(got.unwrap());
@@ -187,7 +234,7 @@ fn frames_wait_for_buffers_without_a_busy_loop_or_a_lost_kick() {
 #[test]
 fn an_idle_device_with_frames_waiting_sleeps() {
     let mut setup = Setup::inactive(false);
-    setup.net.name = "net:idle".into();
+    setup.net = made("idle", &setup.links, options());
     setup.net.activate(setup.driver.activation(MERGEABLE)).unwrap();
     setup.arrive(&body(100));
     std::thread::sleep(std::time::Duration::from_millis(300));
@@ -237,7 +284,7 @@ fn a_deleted_interface_swallows_frames() {
 fn a_closed_far_end_is_no_loop() {
     let mut setup = Setup::new(MERGEABLE);
     setup.driver.queues[0].offer(&[Part::Room(2000)]);
-    drop(std::mem::replace(&mut setup.far, std::fs::File::open("/dev/null").unwrap().into()));
+    drop(std::mem::take(&mut setup.far));
     std::thread::sleep(std::time::Duration::from_millis(50));
     setup.net.pause();
     assert!(setup.count("errors") < 10);
@@ -246,14 +293,14 @@ fn a_closed_far_end_is_no_loop() {
 #[test]
 fn negotiates_offloads_and_survives_a_reset() {
     let mut setup = Setup::new(MERGEABLE);
-    assert_eq!(*setup.link.offloads.lock().unwrap(), Some(Offloads::default()));
+    assert_eq!(*setup.links[0].offloads.lock().unwrap(), Some(Offloads::default()));
     setup.net.reset();
     setup.net.reset();
     setup.arrive(&body(300));
     let features = setup.net.features();
     setup.net.activate(setup.driver.activation(features)).unwrap();
-    let all = Offloads { checksum: true, tso4: true, tso6: true };
-    assert_eq!(*setup.link.offloads.lock().unwrap(), Some(all));
+    let all = Offloads { checksum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
+    assert_eq!(*setup.links[0].offloads.lock().unwrap(), Some(all));
     let queue = &mut setup.driver.queues[0];
     queue.offer(&[Part::Room(1526)]);
     queue.kick();
@@ -274,10 +321,10 @@ fn addresses_are_stable_and_local() {
     assert_ne!(mac, Mac::derived("vm eth1"));
     assert_eq!(mac.0[0] & 3, 2);
     let setup = Setup::inactive(false);
-    let mut config = [0; 10];
+    let mut config = [0; 14];
     setup.net.read_config(0, &mut config);
     assert_eq!(config[..6], mac.0);
-    assert_eq!(config[6..], [1, 0, 0, 0]);
+    assert_eq!(config[6..], [1, 0, 1, 0, 0x78, 5, 0, 0]);
 }
 
 proptest! {

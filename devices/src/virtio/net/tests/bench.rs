@@ -1,0 +1,141 @@
+//! What a frame costs the device's thread, through a real tap. Not a test of time: it prints, and asserts what arrived.
+//!
+//! `cargo test --release -p civic-devices -- --ignored --nocapture net::tests::bench`
+
+use std::os::fd::OwnedFd;
+
+use super::*;
+use crate::tap::Tap;
+use crate::tap::namespace::{await_open, in_fresh_namespace, make_tap, packet_socket};
+
+/// Nanoseconds that the thread called `name` has run.
+fn ran(name: &str) -> u64 {
+    let of = |file: std::path::PathBuf| std::fs::read_to_string(file).unwrap_or_default();
+    let mut found = None;
+    until("thread of that name", || {
+        let mut tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        found = tasks.find(|task| of(task.join("comm")).trim() == name);
+        found.is_some()
+    });
+    of(found.unwrap().join("schedstat")).split(' ').next().unwrap().parse().unwrap()
+}
+
+/// An Ethernet frame of TCP over IPv4 with `payload` bytes, and the header that says so (for GSO where it needs it).
+pub fn tcp_frame(payload: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut frame = vec![0x02; 12];
+    frame.extend([8, 0]);
+    let mut ip = vec![0x45, 0];
+    ip.extend(((40 + payload) as u16).to_be_bytes());
+    ip.extend([0, 0, 0x40, 0, 64, 6, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    frame.extend(ip);
+    frame.extend([0x30, 0x39, 0x30, 0x39, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
+    frame.extend(vec![0xab; payload]);
+    let mut header = vec![0; 10];
+    if payload > 1460 {
+        header[0] = 1;
+        header[1] = 1;
+        header[2..4].copy_from_slice(&54_u16.to_le_bytes());
+        header[4..6].copy_from_slice(&1448_u16.to_le_bytes());
+        header[6..8].copy_from_slice(&34_u16.to_le_bytes());
+        header[8..10].copy_from_slice(&16_u16.to_le_bytes());
+    }
+    (header, frame)
+}
+
+fn device() -> (Attached<Net>, Driver, OwnedFd) {
+    make_tap("bench0", false);
+    let host = packet_socket("bench0");
+    let tap = Tap::open("bench0", 1).unwrap().remove(0);
+    let net = Net::new("bench", vec![Arc::new(tap)], NetOptions::new(Mac::derived("bench"))).unwrap();
+    let mut net = Attached::new(net);
+    let mut driver = Driver::new(net.queue_max_sizes());
+    let features = net.features();
+    net.activate(driver.activation(features)).unwrap();
+    await_open("bench0");
+    (net, driver, host)
+}
+
+fn report(what: &str, frames: u64, bytes: usize, nanos: u64) {
+    let each = nanos / frames;
+    eprintln!("{what} {bytes:>6} bytes: {each:>6} ns a frame, {:.2} GB/s of its thread", bytes as f64 / each as f64);
+}
+
+#[test]
+#[ignore = "prints times"]
+fn receive() {
+    for (payload, frames) in [(6, 200_000), (1460, 200_000), (64_000, 20_000)] {
+        in_fresh_namespace(|| {
+            let (net, mut driver, host) = device();
+            let (header, frame) = tcp_frame(payload);
+            let sent = [&header[..], &frame].concat();
+            let queue = &mut driver.queues[0];
+            for _ in 0..QUEUE_SIZE - 1 {
+                queue.offer(&[Part::Room(1536)]);
+            }
+            queue.kick();
+            let (mut out, mut buffers, start) = (0, 0, ran("net:bench"));
+            let each = (NET_HEADER + frame.len()).div_ceil(1536) as u64;
+            let begun = std::time::Instant::now();
+            while buffers < frames * each {
+                let mut back = 0;
+                while out < frames && out < buffers / each + 64 {
+                    assert_eq!(write(&host, &sent), Ok(sent.len()));
+                    out += 1;
+                }
+                while queue.take_used().is_some() {
+                    back += 1;
+                    queue.offer(&[Part::Room(1536)]);
+                }
+                if back > 0 {
+                    queue.kick_if_wanted(back);
+                    buffers += u64::from(back);
+                    queue.interrupt_after(buffers as u16);
+                }
+                assert!(begun.elapsed().as_secs() < 60, "{buffers} buffers of {out} frames came");
+            }
+            let nanos = ran("net:bench") - start;
+            report("receive ", frames, frame.len(), nanos);
+            let interrupts = driver.interrupts();
+            assert_eq!((count(&*net.counters(), "rx_frames"), count(&*net.counters(), "rx_drops")), (frames, 0));
+            eprintln!("         {:.3} interrupts a frame", interrupts as f64 / frames as f64);
+        });
+    }
+}
+
+#[test]
+#[ignore = "prints times"]
+fn transmit() {
+    for (payload, frames) in [(6, 200_000_u64), (1460, 200_000), (64_000, 20_000)] {
+        in_fresh_namespace(|| {
+            let (net, mut driver, _) = device();
+            let (header, frame) = tcp_frame(payload);
+            let header = [&header[..], &[0, 0]].concat();
+            let queue = &mut driver.queues[1];
+            let (mut out, mut back, start) = (0, 0, ran("net:bench"));
+            while back < frames {
+                let mut added = 0;
+                while out < frames && out < back + 80 {
+                    let (one, two) = frame.split_at(frame.len() / 2);
+                    queue.offer(&[Part::Say(&header), Part::Say(one), Part::Say(two)]);
+                    out += 1;
+                    added += 1;
+                }
+                if added > 0 {
+                    queue.kick_if_wanted(added);
+                }
+                while queue.take_used().is_some() {
+                    back += 1;
+                }
+                queue.interrupt_after(back as u16);
+            }
+            let nanos = ran("net:bench") - start;
+            report("transmit", frames, frame.len(), nanos);
+            let interrupts = driver.interrupts();
+            assert_eq!(count(&*net.counters(), "tx_frames") + count(&*net.counters(), "tx_drops"), frames);
+            eprintln!("         {:.3} interrupts a frame", interrupts as f64 / frames as f64);
+        });
+    }
+}
