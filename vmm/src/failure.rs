@@ -46,6 +46,15 @@ fn disk(error: &DiskError) -> (ErrorCode, Option<&'static str>) {
             Some("stop whoever uses it, or give it to every VM as 'ro': a writable image has one user at a time"),
         ),
         DiskError::Permission { .. } => (ErrorCode::ImageUnusable, Some("let this user open it, or give it as 'ro'")),
+        DiskError::Image { .. } => {
+            (ErrorCode::ImageUnusable, Some("'qemu-img check' says what is wrong with an image"))
+        }
+        DiskError::Backing { .. } => (
+            ErrorCode::ImageUnusable,
+            Some(
+                "add 'backing' to the disk if you trust whoever made the image: it names which of the host's files the guest reads",
+            ),
+        ),
         DiskError::Size { .. } => (ErrorCode::ImageUnusable, Some("give a raw image; 'truncate -s' pads one")),
         _ => (ErrorCode::ImageUnusable, None),
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use civic_api::{ByteSize, DiskFormat, ErrorBody, ErrorCode, VmConfig};
+use civic_api::{ByteSize, ErrorBody, ErrorCode, VmConfig};
 
 use crate::kvm::{self, KvmError};
 use crate::{doctor, failure};
@@ -42,11 +42,7 @@ pub fn check(config: &VmConfig) -> Result<(), ErrorBody> {
 /// Refuses what the configuration can ask for and no device does yet: an option must not look obeyed.
 fn not_yet(config: &VmConfig) -> Result<(), ErrorBody> {
     let many = |queues: Option<u16>| queues.is_some_and(|queues| queues > 1);
-    let disk = config.disks.iter().flat_map(|disk| {
-        let asked =
-            [(disk.format != DiskFormat::Raw, "format"), (disk.backing, "backing"), (disk.rate.is_some(), "rate")];
-        asked.map(|(asked, option)| (asked, format!("{option} of disk '{}'", disk.id)))
-    });
+    let disk = config.disks.iter().map(|disk| (disk.rate.is_some(), format!("rate of disk '{}'", disk.id)));
     let net = config.nets.iter().flat_map(|net| {
         let asked = [
             (many(net.queues), "queues"),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use civic_api::{CONSOLE_PORT_SERIAL, VmConfig, VsockConfig};
 use civic_devices::console_hub::ConsoleHub;
 use civic_devices::tap::{Tap, TapError};
-use civic_devices::virtio::block::{Disk, DiskError, DiskOptions};
+use civic_devices::virtio::block::{Disk, DiskError, DiskFormat, DiskOptions};
 use civic_devices::virtio::vsock::{VsockError, VsockListener};
 
 use crate::boot::{BootError, Kernel};
@@ -102,7 +102,11 @@ impl Resources {
         let initrd = config.initrd.as_ref().map(open_initrd).transpose()?;
         let mut disks = Vec::new();
         for disk in &config.disks {
-            let options = DiskOptions { read_only: disk.read_only, ..DiskOptions::default() };
+            let format = match disk.format {
+                civic_api::DiskFormat::Raw => DiskFormat::Raw,
+                civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+            };
+            let options = DiskOptions { read_only: disk.read_only, format, backing: disk.backing };
             let opened = Disk::open(&disk.path, options).map_err(|source| ResourceError::Disk {
                 id: disk.id.clone(),
                 path: disk.path.clone(),
