@@ -358,8 +358,9 @@ fn virtio_devices(
 ) -> Result<Vec<Named>, BuildError> {
     let mut devices: Vec<Named> = Vec::new();
     for (disk, opened) in config.disks.iter().zip(&resources.disks) {
-        devices
-            .push((disk.id.clone(), Box::new(Block::new(&disk.id, Arc::clone(opened), block_options(config, disk)))));
+        let options = block_options(config, disk);
+        let block = Block::new(&disk.id, Arc::clone(opened), options).map_err(io_error("a disk"))?;
+        devices.push((disk.id.clone(), Box::new(block)));
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
         let mac = Mac(effective_mac(config, net).0);
@@ -382,7 +383,8 @@ fn virtio_devices(
 
 /// A queue for each vCPU, where the user does not say otherwise, but not so many that most would be idle.
 fn block_options(config: &VmConfig, disk: &DiskConfig) -> BlockOptions {
-    BlockOptions { queues: disk.queues.unwrap_or(u16::from(config.cpus).min(DEFAULT_DISK_QUEUES)) }
+    let queues = disk.queues.unwrap_or(u16::from(config.cpus).min(DEFAULT_DISK_QUEUES));
+    BlockOptions { queues, ..BlockOptions::default() }
 }
 
 fn balloon(config: &VmConfig, memory: &Memory) -> Result<Option<Balloon>, BuildError> {

@@ -38,6 +38,7 @@ use self::engine::Engine;
 use self::queue::{BlockQueue, Shared};
 use self::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
 use self::uring::Uring;
+use super::rate::{RateLimit, SharedRate};
 use super::ring::{RING_FEATURES, Ring};
 use super::state::{BlockStateV1, DeviceState, StateError};
 use super::worker::{Worker, Workers};
@@ -61,11 +62,13 @@ const WRITEBACK: usize = 32;
 pub struct BlockOptions {
     /// Queues, each with a thread of its own: from 1 to [`MAX_QUEUES`]. More than the guest has vCPUs are of no use.
     pub queues: u16,
+    /// How fast all of them together may be; a flush, a discard or zeroes count as an operation without bytes.
+    pub rate: Option<RateLimit>,
 }
 
 impl Default for BlockOptions {
     fn default() -> Self {
-        Self { queues: 1 }
+        Self { queues: 1, rate: None }
     }
 }
 
@@ -85,25 +88,30 @@ pub struct Block {
     queue_sizes: Vec<u16>,
     /// The configuration field of that name.
     writeback: Arc<AtomicBool>,
+    rate: Option<SharedRate>,
     counters: Arc<BlockCounters>,
     engine: fn(u16) -> Engine,
 }
 
 impl Block {
     /// A device called `id` over `disk`. The guest reads `id` as the disk's serial number, cut to 20 bytes.
-    pub fn new(id: &str, disk: Arc<Disk>, options: BlockOptions) -> Self {
+    ///
+    /// # Errors
+    /// `InvalidInput` for a rate of zero.
+    pub fn new(id: &str, disk: Arc<Disk>, options: BlockOptions) -> io::Result<Self> {
         let mut serial = [0; ID_LEN];
         let len = id.len().min(ID_LEN);
         serial[..len].copy_from_slice(&id.as_bytes()[..len]);
-        Self {
+        Ok(Self {
             name: format!("blk:{id}"),
             disk,
             id: serial,
             queue_sizes: vec![QUEUE_SIZE; options.queues.clamp(1, MAX_QUEUES).into()],
             writeback: Arc::new(AtomicBool::new(true)),
+            rate: options.rate.map(SharedRate::new).transpose()?,
             counters: Arc::default(),
             engine: Engine::new,
-        }
+        })
     }
 
     fn shared(&self, features: u64) -> Shared {
@@ -200,7 +208,8 @@ impl VirtioDevice for Block {
             if self.disk.image().is_some() {
                 engine.help(&name).map_err(ActivateError::Worker)?;
             }
-            let handler = BlockQueue::new(ring, Arc::clone(&shared), engine);
+            let limiter = self.rate.as_ref().map(SharedRate::limiter).transpose().map_err(ActivateError::Worker)?;
+            let handler = BlockQueue::new(ring, Arc::clone(&shared), engine, limiter);
             let worker = Worker::spawn(&name, vec![kick], handler, &activation);
             workers.push(worker.map_err(ActivateError::Worker)?);
         }

@@ -14,6 +14,8 @@ pub struct BlockCounters {
     pub written_bytes: Counter,
     /// Requests that failed or were refused.
     pub errors: Counter,
+    /// Requests that had to wait for the rate.
+    pub throttled: Counter,
 }
 
 impl Counters for BlockCounters {
@@ -27,6 +29,7 @@ impl Counters for BlockCounters {
             ("read_bytes", self.read_bytes.get()),
             ("written_bytes", self.written_bytes.get()),
             ("errors", self.errors.get()),
+            ("throttled", self.throttled.get()),
         ]
     }
 }

@@ -12,7 +12,7 @@
 //! After `drain` every request that was taken has been given back.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,12 +28,14 @@ use super::request::{Refusal, Request, Terms};
 use super::{ID_LEN, QUEUE_SIZE};
 use crate::virtio::areas::Areas;
 use crate::virtio::held::HeldAreas;
+use crate::virtio::rate::RateLimiter;
 use crate::virtio::ring::{Chain, Ring};
 use crate::virtio::worker::{Fault, Handler};
 use crate::virtio::{GuestRam, OncePerReset};
 
-/// The engine's token among [`Handler::sources`].
+/// Tokens among [`Handler::sources`]: the engine, and the rate's timer.
 const DONE: u16 = 0;
+const PACE: u16 = 1;
 
 /// What the queues of a device share while it is active.
 pub struct Shared {
@@ -77,14 +79,17 @@ pub struct BlockQueue {
     free: Vec<u32>,
     /// Something was given back of which the driver was not told.
     untold: bool,
+    limiter: Option<RateLimiter>,
+    /// The ring's next request has to wait for the rate.
+    throttled: bool,
 }
 
 impl BlockQueue {
-    /// Serves `ring` by means of `engine`.
-    pub fn new(ring: Ring, shared: Arc<Shared>, engine: Engine) -> Self {
+    /// Serves `ring` by means of `engine`, as fast as `limiter` allows.
+    pub fn new(ring: Ring, shared: Arc<Shared>, engine: Engine, limiter: Option<RateLimiter>) -> Self {
         let slots = u32::from(QUEUE_SIZE);
         let taken = (0..slots).map(|_| None).collect();
-        Self { ring, shared, engine, taken, free: (0..slots).rev().collect(), untold: false }
+        Self { ring, shared, engine, taken, free: (0..slots).rev().collect(), untold: false, limiter, throttled: false }
     }
 
     fn in_flight(&self) -> usize {
@@ -102,7 +107,10 @@ impl BlockQueue {
             while waiting && budget > 0 && !self.free.is_empty() {
                 match self.ring.next(&ram)? {
                     Some(chain) => {
-                        self.begin(chain, &ram)?;
+                        if !self.begin(chain, &ram)? {
+                            self.ring.put_back(1);
+                            break;
+                        }
                         if self.engine.is_direct() {
                             // At once: the driver can go on while the next request waits for its disk.
                             self.land_done()?;
@@ -121,7 +129,7 @@ impl BlockQueue {
                 return self.ring.kick_self();
             }
             if waiting && !landed {
-                // Full: what lands next comes back here.
+                // Full, or too fast: what lands next, or the timer, comes back here.
                 return Ok(());
             }
             if !waiting && !landed && !self.ring.await_kick()? {
@@ -143,7 +151,8 @@ impl BlockQueue {
         let _ = self.tell();
     }
 
-    fn begin(&mut self, mut chain: Chain<'_>, ram: &GuestRam) -> Result<(), Fault> {
+    /// Takes on a request; false when it has to wait for the rate.
+    fn begin(&mut self, mut chain: Chain<'_>, ram: &GuestRam) -> Result<bool, Fault> {
         let room = chain.writable.len();
         let Some(data_room) = room.checked_sub(1) else {
             return Err(Fault(format!("block request {} has no status byte", chain.head)));
@@ -158,21 +167,31 @@ impl BlockQueue {
         let shared = Arc::clone(&self.shared);
         let terms = Terms { bytes: shared.disk.len(), read_only: shared.disk.read_only(), features: shared.features };
         let stable = !shared.write_back.load(Ordering::Relaxed);
-        let (kind, filled, bytes, work) = match terms.read(&mut chain.readable, data_room) {
+        let request = terms.read(&mut chain.readable, data_room);
+        let bytes = match request {
+            Ok(Request::Read(_)) => data_room,
+            Ok(Request::Write(_)) => chain.readable.len(),
+            _ => 0,
+        } as u64;
+        if !self.may(bytes) {
+            return Ok(false);
+        }
+        let (kind, filled, work) = match request {
             Ok(Request::Read(offset)) => {
                 let work = Work::Transfer { write: false, offset, areas: hold(&answer)? };
-                (Kind::Read, data_room, data_room as u64, work)
+                (Kind::Read, data_room, work)
             }
             Ok(Request::Write(offset)) => {
                 let work = Work::Transfer { write: true, offset, areas: hold(&chain.readable)? };
-                (Kind::Write, 0, chain.readable.len() as u64, work)
+                (Kind::Write, 0, work)
             }
-            Ok(Request::Flush) => (Kind::Flush, 0, 0, Work::Sync),
-            Ok(Request::Discard(extents)) => (Kind::Discard, 0, 0, Work::Discard(extents.into())),
-            Ok(Request::WriteZeroes(extents)) => (Kind::WriteZeroes, 0, 0, Work::WriteZeroes(extents.into())),
+            Ok(Request::Flush) => (Kind::Flush, 0, Work::Sync),
+            Ok(Request::Discard(extents)) => (Kind::Discard, 0, Work::Discard(extents.into())),
+            Ok(Request::WriteZeroes(extents)) => (Kind::WriteZeroes, 0, Work::WriteZeroes(extents.into())),
             Ok(Request::Identify) => {
                 let filled = answer.copy_from(&shared.id);
-                return self.give_back(chain.head, &status, VIRTIO_BLK_S_OK, used(filled));
+                self.give_back(chain.head, &status, VIRTIO_BLK_S_OK, used(filled))?;
+                return Ok(true);
             }
             Err(refusal) => {
                 shared.counters.errors.add(1);
@@ -180,14 +199,26 @@ impl BlockQueue {
                     Refusal::Unsupported => VIRTIO_BLK_S_UNSUPP,
                     Refusal::Invalid => VIRTIO_BLK_S_IOERR,
                 };
-                return self.give_back(chain.head, &status, code, used(0));
+                self.give_back(chain.head, &status, code, used(0))?;
+                return Ok(true);
             }
         };
         let flight = Flight::new(work, stable);
         let taken = Taken { head: chain.head, kind, bytes, flight, status, used: (used(filled), used(0)) };
         let Some(slot) = self.free.pop() else { return Err(Fault("more requests than the queue has entries".into())) };
         let next = self.taken[slot as usize].insert(taken).flight.next(&shared.disk);
-        self.go_on(slot, next)
+        self.go_on(slot, next)?;
+        Ok(true)
+    }
+
+    /// Whether the rate lets a request of `bytes` through now. If not, the timer says when.
+    fn may(&mut self, bytes: u64) -> bool {
+        let may = self.limiter.as_mut().is_none_or(|limiter| limiter.take(bytes));
+        if !may && !self.throttled {
+            self.shared.counters.throttled.add(1);
+        }
+        self.throttled = !may;
+        may
     }
 
     /// Takes in what is done; true if anything was.
@@ -261,7 +292,8 @@ impl BlockQueue {
 
 impl Handler for BlockQueue {
     fn sources(&self) -> Vec<(RawFd, u16)> {
-        self.engine.sources().into_iter().map(|fd| (fd, DONE)).collect()
+        let engine = self.engine.sources().into_iter().map(|fd| (fd, DONE));
+        engine.chain(self.limiter.iter().map(|limiter| (limiter.as_raw_fd(), PACE))).collect()
     }
 
     fn kicked(&mut self, _position: usize) -> Result<(), Fault> {
@@ -269,7 +301,10 @@ impl Handler for BlockQueue {
         self.serve().inspect_err(|_| self.settle())
     }
 
-    fn ready(&mut self, _token: u16) -> Result<(), Fault> {
+    fn ready(&mut self, token: u16) -> Result<(), Fault> {
+        if let (PACE, Some(limiter)) = (token, &mut self.limiter) {
+            limiter.expired();
+        }
         self.kicked(0)
     }
 

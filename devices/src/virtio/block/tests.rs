@@ -16,6 +16,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::virtio::QueuePosition;
+use crate::virtio::rate::RateLimit;
 use crate::virtio::testing::{
     Attached, Driver, DriverQueue, INDIRECT, NEXT, Offered, Part, WRITE, count, numbered_image, until,
 };
@@ -46,7 +47,7 @@ struct Setup {
 
 impl Setup {
     fn new(disk: Disk, features: u64) -> Self {
-        let mut block = Attached::new(Block::new("root", Arc::new(disk), BlockOptions::default()));
+        let mut block = Attached::new(Block::new("root", Arc::new(disk), BlockOptions::default()).unwrap());
         let mut driver = Driver::new(&[QUEUE_SIZE]);
         block.activate(driver.activation(features)).unwrap();
         Self { block, driver }
@@ -135,7 +136,9 @@ fn tells_its_serial_number() {
     assert_eq!(setup.driver.queues[0].bytes(offered.parts[1]), *b"root\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(setup.request(&[Part::Say(&id), Part::Room(30), Part::Room(1)]).1, 20);
     assert_eq!(
-        Block::new("a-name-longer-than-twenty-bytes", Arc::clone(&setup.block.disk), BlockOptions::default()).id,
+        Block::new("a-name-longer-than-twenty-bytes", Arc::clone(&setup.block.disk), BlockOptions::default())
+            .unwrap()
+            .id,
         *b"a-name-longer-than-t"
     );
 }
@@ -337,10 +340,10 @@ proptest! {
         let file = numbered_image(64);
         let mut driver = Driver::new(&[16]);
         let mut activation = driver.activation(RING_FEATURES);
-        let mut block = Block::new("fuzz", Arc::new(open(file.path(), false).unwrap()), BlockOptions::default());
+        let mut block = Block::new("fuzz", Arc::new(open(file.path(), false).unwrap()), BlockOptions::default()).unwrap();
         let (ring, _) = Ring::take(&mut activation, 0).unwrap();
         let shared = Arc::new(block.shared(RING_FEATURES));
-        let mut handler = BlockQueue::new(ring, shared, Engine::new(QUEUE_SIZE));
+        let mut handler = BlockQueue::new(ring, shared, Engine::new(QUEUE_SIZE), None);
         let queue = &mut driver.queues[0];
         for (i, kind) in kinds.iter().enumerate() {
             let at = vm_memory::GuestAddress(0x10_0000 + 512 * i as u64);
@@ -408,7 +411,7 @@ fn a_writable_disk_has_one_user() {
 #[test]
 fn describes_itself() {
     let image = numbered_image(20);
-    let block = Block::new("root", Arc::new(open(image.path(), false).unwrap()), BlockOptions::default());
+    let block = Block::new("root", Arc::new(open(image.path(), false).unwrap()), BlockOptions::default()).unwrap();
     let mut config = [0xff; 64];
     block.read_config(0, &mut config);
     assert_eq!(config[..8], 20_u64.to_le_bytes());

@@ -63,7 +63,8 @@ fn how_fast_the_engines_are() {
         for (len, depth) in [(4096, 1), (4096, 32), (131_072, 1), (131_072, 8)] {
             let mut line = format!("{name:5} {len:6} bytes, {depth:2} at a time:");
             for (engine, make) in [("direct", (|_| Engine::direct()) as fn(u16) -> Engine), ("io_uring", Engine::new)] {
-                let mut block = Block::new("x", Arc::new(open(image.path(), false).unwrap()), BlockOptions::default());
+                let mut block =
+                    Block::new("x", Arc::new(open(image.path(), false).unwrap()), BlockOptions::default()).unwrap();
                 block.engine = make;
                 let mut block = Attached::new(block);
                 let mut driver = Driver::new(&[QUEUE_SIZE]);
@@ -150,7 +151,7 @@ fn blank(bytes: usize) -> tempfile::NamedTempFile {
 
 /// A device with so many queues, all of them active.
 pub fn many_queues(disk: Disk, queues: u16, engine: fn(u16) -> Engine) -> Setup {
-    let mut block = Block::new("root", Arc::new(disk), BlockOptions { queues });
+    let mut block = Block::new("root", Arc::new(disk), BlockOptions { queues, rate: None }).unwrap();
     block.engine = engine;
     let mut block = Attached::new(block);
     let mut driver = Driver::new(&vec![QUEUE_SIZE; queues.into()]);
@@ -307,4 +308,42 @@ fn a_disk_can_be_opened_again_as_soon_as_it_is_closed() {
         queue.kick();
         (0..6).for_each(|_| assert_eq!(queue.await_used().1, 1));
     }
+}
+
+#[test]
+fn queues_share_a_rate_and_a_large_request_passes_in_the_end() {
+    let image = blank(4 << 20);
+    let rate = Some(RateLimit { bytes_per_second: Some(4 << 20), operations_per_second: Some(400) });
+    let disk = Arc::new(open(image.path(), false).unwrap());
+    let mut block = Attached::new(Block::new("slow", Arc::clone(&disk), BlockOptions { queues: 2, rate }).unwrap());
+    let mut driver = Driver::new(&[QUEUE_SIZE; 2]);
+    block.activate(driver.activation(RING_FEATURES | 1 << VIRTIO_BLK_F_FLUSH)).unwrap();
+    let start = Instant::now();
+    for queue in &mut driver.queues {
+        for _ in 0..80 {
+            queue.offer(&[Part::Say(&header(VIRTIO_BLK_T_FLUSH, 0)), Part::Room(1)]);
+        }
+        queue.kick();
+    }
+    // A pause does not let anything through, nor does it lose what waits.
+    block.pause();
+    block.resume();
+    for queue in &mut driver.queues {
+        (0..80).for_each(|_| assert_eq!(queue.await_used().1, 1));
+    }
+    // A tenth of a second is saved up, and a request passes when nothing is left but no debt either.
+    assert!(start.elapsed() >= Duration::from_millis((160 - 42) * 1000 / 400), "{:?}", start.elapsed());
+    let start = Instant::now();
+    let queue = &mut driver.queues[0];
+    for _ in 0..2 {
+        let head = queue.offer(&[Part::Say(&header(VIRTIO_BLK_T_IN, 0)), Part::Room(2 << 20), Part::Room(1)]).head;
+        queue.kick();
+        assert_eq!(queue.await_used(), (head, (2 << 20) + 1));
+    }
+    // The second waited until the first was paid for.
+    assert!(start.elapsed() >= Duration::from_millis(380), "{:?}", start.elapsed());
+    let throttled = count(&*block.counters(), "throttled");
+    assert!((3..=162).contains(&throttled), "{throttled}");
+    let zero = Some(RateLimit { bytes_per_second: Some(0), operations_per_second: None });
+    assert!(Block::new("stopped", disk, BlockOptions { queues: 1, rate: zero }).is_err());
 }

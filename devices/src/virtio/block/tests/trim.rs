@@ -136,7 +136,7 @@ proptest! {
 fn a_driver_that_cannot_flush_finds_everything_on_the_disk() {
     let image = full_image(8);
     let disk = Arc::new(open(image.path(), false).unwrap());
-    let block = Block::new("x", Arc::clone(&disk), BlockOptions::default());
+    let block = Block::new("x", Arc::clone(&disk), BlockOptions::default()).unwrap();
     let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
     let write_back = |features| block.shared(features).write_back.load(Ordering::Relaxed);
     assert_eq!([0, flush, wce, flush | wce].map(write_back), [false, true, false, true]);
