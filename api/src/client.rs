@@ -16,7 +16,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-use crate::{ErrorBody, SaveReport, SaveRequest, VmInfo, routes};
+use crate::{BalloonConfig, BalloonInfo, ErrorBody, SaveReport, SaveRequest, VmInfo, routes};
 
 /// How long a monitor may take to answer. Longer than the monitor's own limits, whose errors say more.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(45);
@@ -120,6 +120,25 @@ impl Client {
             return Err(refusal(status, &body));
         }
         serde_json::from_slice(&body).map_err(|error| ClientError::Protocol(error.to_string()))
+    }
+
+    /// The VM's balloon as it is now.
+    pub async fn balloon(&self) -> Result<BalloonInfo, ClientError> {
+        let body = self.fetch(Method::GET, routes::BALLOON).await?;
+        serde_json::from_slice(&body).map_err(|error| ClientError::Protocol(error.to_string()))
+    }
+
+    /// Tells the balloon how much to take; returns when the guest has been asked, not when it has given.
+    pub async fn set_balloon(&self, balloon: &BalloonConfig) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(balloon).map_err(|error| ClientError::Protocol(error.to_string()))?;
+        let request = Request::put(routes::BALLOON).header(CONTENT_TYPE, "application/json");
+        in_time(async {
+            let response = self.send_body(request, body.into()).await?;
+            let status = response.status();
+            let body = read(response).await?;
+            if status.is_success() { Ok(()) } else { Err(refusal(status, &body)) }
+        })
+        .await
     }
 
     /// OpenMetrics (Prometheus) text.

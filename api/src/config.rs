@@ -9,9 +9,11 @@ use utoipa::ToSchema;
 
 mod devices;
 mod error;
+mod settings;
 
 pub use devices::{BalloonConfig, DiskConfig, DiskFormat, NetConfig, RateLimit, VsockConfig};
 pub use error::{ConfigError, Field};
+pub use settings::{BALLOON_ID, VSOCK_ID};
 
 /// Longest name of a VM, in bytes: it is a directory name and, with the socket's name, part of a unix socket address.
 pub const MAX_NAME_BYTES: usize = 63;
@@ -31,7 +33,7 @@ pub const MAX_CMDLINE_BYTES: usize = 2047;
 /// its 32 slots for hotplug.
 pub const MAX_DEVICES: usize = 16;
 /// Ids of the devices whose id nobody chooses, as far as a VM has them.
-pub const RESERVED_IDS: [&str; 5] = ["balloon", "console", "rng", "serial", "vsock"];
+pub const RESERVED_IDS: [&str; 5] = [BALLOON_ID, "console", "rng", "serial", VSOCK_ID];
 /// Most request queues of a disk: no VM has more vCPUs to use them.
 pub const MAX_DISK_QUEUES: u16 = MAX_CPUS as u16;
 /// Most queue pairs of a network card.

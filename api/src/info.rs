@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::SaveProgress;
+use crate::{BalloonInfo, SaveProgress};
 
 /// Where a VM is in its life.
 ///
@@ -106,6 +106,9 @@ pub struct VmInfo {
     pub vcpus: Vec<VcpuInfo>,
     /// Names of its console ports.
     pub consoles: Vec<String>,
+    /// Its balloon, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonInfo>,
     /// How far it is saved, while it is being saved; it stands still meanwhile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saving: Option<SaveProgress>,
@@ -119,13 +122,17 @@ pub struct VmInfo {
 pub struct DeviceInfo {
     /// Its id in the configuration, or one of [`crate::RESERVED_IDS`].
     pub id: String,
-    /// `blk`, `net`, `rng`, `console` or `serial`.
+    /// `blk`, `net`, `rng`, `console`, `vsock`, `balloon` or `serial`.
     #[schema(example = "blk")]
     pub kind: String,
     /// PCI address, `0000:00:03.0`; absent for a device that is not on the bus.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "0000:00:03.0")]
     pub address: Option<String>,
+    /// What it was configured with, by the names in the configuration's JSON; a rate's are `bytes_per_second` and
+    /// `operations_per_second`, a network card's with `rx_` or `tx_` before. What is not there was left to the monitor.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub settings: BTreeMap<String, String>,
     /// Counters since the monitor started; names end in their unit (`read_bytes`, `kicks`). They never go back.
     pub counters: BTreeMap<String, u64>,
 }

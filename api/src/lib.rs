@@ -9,6 +9,7 @@
 //! * Whatever else is *read* here accepts unknown fields, so that an older command can talk to a newer monitor.
 //! * An error on the wire is always an [`ErrorBody`].
 
+mod balloon;
 #[cfg(feature = "client")]
 pub mod client;
 mod config;
@@ -21,11 +22,12 @@ pub mod routes;
 mod save;
 mod size;
 
+pub use balloon::BalloonInfo;
 pub use config::{
-    BALLOON_STEP_BYTES, BalloonConfig, CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, DiskFormat, Field, MAX_CID,
-    MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES, MAX_ID_BYTES, MAX_MEMORY_BYTES, MAX_NAME_BYTES,
+    BALLOON_ID, BALLOON_STEP_BYTES, BalloonConfig, CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, DiskFormat, Field,
+    MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES, MAX_ID_BYTES, MAX_MEMORY_BYTES, MAX_NAME_BYTES,
     MAX_NET_QUEUES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU, NetConfig,
-    RESERVED_IDS, RateLimit, VmConfig, VsockConfig, validate_name,
+    RESERVED_IDS, RateLimit, VSOCK_ID, VmConfig, VsockConfig, validate_name,
 };
 pub use error::{ErrorBody, ErrorCode};
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};

@@ -30,6 +30,8 @@ pub enum Command {
     Stop,
     /// Any state → stopped.
     Kill,
+    /// The balloon is to take so many bytes; answered when the guest is asked.
+    SetBalloon(u64),
     /// Running or paused → paused, then what the request says; answered when it is done.
     Save(SaveRequest),
 }
@@ -41,6 +43,11 @@ pub enum Answer {
     Done,
     /// To [`Command::Save`].
     Saved(SaveReport),
+}
+
+/// What is said of the balloon of a VM that has none.
+pub fn no_balloon() -> ErrorBody {
+    ErrorBody::new(ErrorCode::NotFound, "the VM has no balloon").with_hint("start it with --balloon")
 }
 
 /// Where an answer goes; dropping it is answered to the client as a fault of ours.
@@ -59,6 +66,8 @@ pub struct Request {
 pub trait View: Send + Sync + 'static {
     /// The VM as it is now. Must not block.
     fn info(&self) -> VmInfo;
+    /// Asks the guest for new statistics of its memory, if there is a balloon to tell them. Must not block.
+    fn ask_balloon(&self);
     /// The console port of this name, if the VM has one.
     fn console(&self, port: &str) -> Option<Arc<ConsoleHub>>;
 }

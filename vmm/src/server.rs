@@ -49,6 +49,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the supervisor may take for a command.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a guest may take to tell its memory's statistics; then what it told before is shown.
+const STATISTICS_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a connection may last; then it is closed after the request it is at.
 const CONNECTION_TIME: Duration = Duration::from_secs(60);
 /// How long requests under way may go on once the server stops or a connection's time is over.
@@ -113,6 +115,7 @@ struct Limits {
     head: Duration,
     body: Duration,
     command: Duration,
+    statistics: Duration,
     connection: Duration,
     connections: usize,
 }
@@ -123,6 +126,7 @@ impl Default for Limits {
             head: HEAD_TIMEOUT,
             body: BODY_TIMEOUT,
             command: COMMAND_TIMEOUT,
+            statistics: STATISTICS_TIMEOUT,
             connection: CONNECTION_TIME,
             connections: MAX_CONNECTIONS,
         }

@@ -14,6 +14,7 @@
 //! Commands come from the API, events from the guest; both arrive on one channel, so no two can race. What the API may read
 //! without asking stands in [`Shared`].
 
+mod balloon;
 mod saving;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -24,10 +25,11 @@ use civic_api::{
     AfterSave, CONSOLE_PORT_SERIAL, EndReason, ErrorBody, ErrorCode, SaveRequest, VmConfig, VmInfo, VmState,
 };
 use civic_devices::console_hub::ConsoleHub;
+use civic_devices::virtio::balloon::BalloonControl;
 use tracing::{error, info, warn};
 
 use self::saving::{Begin, Meter, Outcome, Saving};
-use crate::control::{Answer, Command, Control, Reply, Request, View};
+use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
 use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
 use crate::resources::{CONSOLE_PORT_HVC, Resources};
 use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
@@ -58,6 +60,7 @@ struct Status {
     run: Duration,
     running_since: Option<Instant>,
     meters: Meters,
+    balloon: Option<BalloonControl>,
     saving: Option<Arc<Meter>>,
     ended: Option<EndReason>,
 }
@@ -92,11 +95,18 @@ impl View for Shared {
             boots: status.boots,
             started_at_ms: status.started.map(since_epoch),
             run_ms: (status.run + running).as_millis() as u64,
-            devices: status.meters.devices(),
+            devices: status.meters.devices(&self.config),
             vcpus: status.meters.vcpus(),
             consoles: vec![CONSOLE_PORT_SERIAL.into(), CONSOLE_PORT_HVC.into()],
+            balloon: status.balloon.as_ref().map(balloon::info),
             saving: status.saving.as_ref().map(|meter| meter.read()),
             ended: status.ended.clone(),
+        }
+    }
+
+    fn ask_balloon(&self) {
+        if let Some(balloon) = &self.status().balloon {
+            balloon.request_statistics();
         }
     }
 
@@ -171,6 +181,7 @@ impl Supervisor {
             run,
             running_since: None,
             meters: machine.meters(),
+            balloon: machine.balloon().cloned(),
             saving: None,
             ended: None,
         };
@@ -275,6 +286,13 @@ impl Supervisor {
                 self.shared.status().state = VmState::Stopping;
                 Ok(())
             }
+            (Command::SetBalloon(bytes), _) => match machine.balloon() {
+                Some(balloon) => {
+                    balloon::set_target(balloon, *bytes);
+                    Ok(())
+                }
+                None => Err(no_balloon()),
+            },
             (Command::Kill, _) => return (Ok(()), Some(EndReason::Killed)),
             _ => wrong(),
         };
@@ -362,6 +380,10 @@ impl Supervisor {
         for (net, mac) in config.nets.iter_mut().zip(macs) {
             net.mac = Some(mac);
         }
+        let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
+        if let (Some(balloon), Some(pages)) = (&mut config.balloon, target) {
+            balloon.target_bytes = balloon::bytes(pages);
+        }
         let stamp = |disk: &civic_api::DiskConfig| (!disk.read_only).then(|| DiskStamp::of(&disk.path)).flatten();
         let status = self.shared.status();
         Ok(VmStateV1 {
@@ -448,12 +470,18 @@ impl Supervisor {
     /// Drops the machine and starts the next one in its place. A VM that was paused meanwhile stays paused.
     fn reboot(&mut self) -> Result<(), ErrorBody> {
         self.boot += 1;
+        // The target may have been changed since the VM was configured.
+        let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
         // First give the memory back: two machines may not fit.
         self.machine = None;
         let next = build(&self.shared.config, &mut self.resources, &self.sender, self.boot)
             .map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let mut status = self.shared.status();
         status.meters = next.meters().after(&status.meters);
+        status.balloon = next.balloon().cloned();
+        if let (Some(pages), Some(balloon)) = (target, &status.balloon) {
+            balloon.set_target(pages);
+        }
         self.machine = Some(next);
         if status.state == VmState::Paused {
             warn!("the guest reset while it was being paused: it starts on resume");
@@ -498,6 +526,7 @@ fn command_name(command: &Command) -> &'static str {
         Command::Resume => "resume",
         Command::Stop => "stop",
         Command::Kill => "kill",
+        Command::SetBalloon(_) => "set the balloon of",
         Command::Save(_) => "save",
     }
 }

@@ -218,6 +218,41 @@ fn devices_in_json() {
 }
 
 #[test]
+fn settings_are_what_was_given() {
+    let mut config = config();
+    let check = |config: &VmConfig, id: &str, expected: &str| {
+        let words: Vec<_> = config.settings(id).iter().map(|(name, value)| format!("{name}={value}")).collect();
+        assert_eq!(words.join(" "), expected);
+    };
+    check(&config, "disk0", "format=raw path=/root.img");
+    check(&config, "net0", "tap=tap0");
+    for id in ["vsock", "balloon", "rng", "nonsense"] {
+        check(&config, id, "");
+    }
+    let rate = |bytes_per_second, operations_per_second| Some(RateLimit { bytes_per_second, operations_per_second });
+    config.disks[0] = DiskConfig {
+        read_only: true,
+        format: DiskFormat::Qcow2,
+        backing: true,
+        queues: Some(4),
+        rate: rate(Some(5), Some(6)),
+        ..disk("disk0", "/r")
+    };
+    check(
+        &config,
+        "disk0",
+        "backing=true bytes_per_second=5 format=qcow2 operations_per_second=6 path=/r queues=4 read_only=true",
+    );
+    let mac = Some(MacAddr([2, 0, 0, 0, 0, 1]));
+    let (rx_rate, tx_rate) = (rate(Some(7), None), rate(None, Some(8)));
+    config.nets[0] = NetConfig { mac, queues: Some(2), mtu: Some(9000), rx_rate, tx_rate, ..net("net0", "t") };
+    let expected = "mac=02:00:00:00:00:01 mtu=9000 queues=2 rx_bytes_per_second=7 tap=t tx_operations_per_second=8";
+    check(&config, "net0", expected);
+    config.vsock = Some(VsockConfig { uds: "/v".into(), cid: None });
+    check(&config, "vsock", "cid=3 uds=/v");
+}
+
+#[test]
 fn default_command_lines() {
     let mut config = config();
     assert_eq!(config.effective_cmdline(), "console=ttyS0 root=/dev/vda rw");

@@ -20,7 +20,7 @@ const STATE: [&str; 12] =
     ["memory", "high", "scratch", "ier", "pm1", "command", "bar", "msix", "virtio", "ioapic", "svr", "address"];
 
 /// Tells the state of the machine, spoils it, and resets on the road that a key names.
-fn resetting() -> Vec<u8> {
+pub fn resetting() -> Vec<u8> {
     linux64(|asm| {
         asm.peek(DATA)?;
         asm.print_value("memory")?;

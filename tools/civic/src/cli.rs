@@ -86,6 +86,18 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Show a VM's balloon, or set how much memory it takes.
+    #[command(after_help = BALLOON_HELP)]
+    Balloon {
+        /// The VM.
+        #[arg(value_parser = name)]
+        name: String,
+        /// How much memory to take from the guest, such as 256M; 0 gives all back.
+        size: Option<ByteSize>,
+        /// Print the balloon as JSON, with SIZE as it is just afterwards.
+        #[arg(long)]
+        json: bool,
+    },
     /// End a VM now, as if its plug were pulled.
     Kill {
         /// The VM.
@@ -134,6 +146,14 @@ Examples:
 Environment:
   CIVIC_VMM      the monitor to start; else civic-vmm beside civic, else in PATH
   CIVIC_RUN_DIR  as --run-dir";
+
+const BALLOON_HELP: &str = "\
+The VM must have been started with --balloon. The guest gives memory as it can: what it has given is
+shown as 'actual', and the figures below it are the guest's own.
+
+Examples:
+  civic balloon web 256M
+  civic balloon web --json | jq .actual_bytes";
 
 const LIST_HELP: &str = "\
 A dead VM is one whose monitor ended badly and left its log; starting a VM of that name clears it

@@ -7,6 +7,7 @@
 //! Exit status: 0 when what was asked is done, 125 when not. The last line on stderr then says what to do.
 
 mod advice;
+mod balloon;
 mod cli;
 mod console;
 mod devices;
@@ -69,6 +70,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             Command::Pause { name } => on(&dir, &name, async |vm| vm.pause().await).await,
             Command::Resume { name } => on(&dir, &name, async |vm| vm.resume().await).await,
             Command::Stop { name, timeout, force } => stop::stop(&dir, &name, timeout, force).await,
+            Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
             Command::Kill { name } => stop::kill(&dir, &name).await,
             Command::Doctor { json } => show::doctor(&dir, json),
             Command::Metrics { name } => {

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use civic_api::doctor::{Report, Status};
-use civic_api::{ByteSize, VmInfo, VmState};
+use civic_api::{ByteSize, SaveProgress, VmInfo, VmState};
 use clap::CommandFactory;
 use serde::Serialize;
 
 use crate::cli::Cli;
 use crate::rundir::{Found, RunDir};
 use crate::table::{printable, table};
-use crate::{advice, monitor, on};
+use crate::{advice, balloon, monitor, on};
 
 /// A line of `civic list --json`.
 #[derive(Serialize)]
@@ -99,6 +99,12 @@ fn describe(info: &VmInfo) -> String {
         ("boots", info.boots.to_string()),
         ("consoles", info.consoles.join(", ")),
     ];
+    if let Some(balloon) = &info.balloon {
+        lines.push(("balloon", balloon::summary(balloon)));
+    }
+    if let Some(SaveProgress { bytes_done, bytes_total }) = info.saving {
+        lines.push(("saving", format!("{} of {}", ByteSize(bytes_done), ByteSize(bytes_total))));
+    }
     if let Some(ended) = &info.ended {
         lines.push(("ended", format!("{ended:?}")));
     }
@@ -113,11 +119,13 @@ fn describe(info: &VmInfo) -> String {
         .devices
         .iter()
         .map(|device| {
+            let settings: Vec<_> = device.settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
             let counters: Vec<_> = device.counters.iter().map(|(name, value)| format!("{name}={value}")).collect();
-            [device.id.clone(), device.kind.clone(), device.address.clone().unwrap_or_default(), counters.join(" ")]
+            let address = device.address.clone().unwrap_or_default();
+            [device.id.clone(), device.kind.clone(), address, settings.join(" "), counters.join(" ")]
         })
         .collect();
-    text.push_str(&format!("\n{}", table(["DEVICE", "KIND", "ADDRESS", "COUNTERS"], &devices)));
+    text.push_str(&format!("\n{}", table(["DEVICE", "KIND", "ADDRESS", "SETTINGS", "COUNTERS"], &devices)));
     let vcpus: Vec<_> = info
         .vcpus
         .iter()
@@ -184,16 +192,16 @@ pub fn man(command: Option<&str>) -> anyhow::Result<()> {
     Ok(std::io::stdout().write_all(&text)?)
 }
 
-fn print(text: &str) -> anyhow::Result<()> {
+pub fn print(text: &str) -> anyhow::Result<()> {
     Ok(std::io::stdout().write_all(text.as_bytes())?)
 }
 
-fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
 /// A time as people say it: `0.4s`, `59s`, `3m20s`, `2h05m`, `3d04h`.
-fn duration(ms: u64) -> String {
+pub fn duration(ms: u64) -> String {
     let s = ms / 1000;
     match s {
         0..10 => format!("{s}.{}s", ms % 1000 / 100),
@@ -208,7 +216,7 @@ fn duration(ms: u64) -> String {
 mod tests {
     use super::*;
     use civic_api::doctor::Check;
-    use civic_api::{DeviceInfo, VcpuInfo};
+    use civic_api::{BalloonInfo, DeviceInfo, VcpuInfo};
 
     fn vm() -> VmInfo {
         VmInfo {
@@ -226,10 +234,13 @@ mod tests {
                 id: "disk0".into(),
                 kind: "blk".into(),
                 address: Some("0000:00:03.0".into()),
+                settings: [("path".to_owned(), "/r.img".to_owned()), ("queues".to_owned(), "4".to_owned())].into(),
                 counters: [("read_bytes".to_owned(), 512), ("reads".to_owned(), 1)].into(),
             }],
             vcpus: vec![VcpuInfo { index: 0, exits: [("hlt".to_owned(), 7)].into() }],
             consoles: vec!["serial".into()],
+            balloon: None,
+            saving: None,
             ended: None,
         }
     }
@@ -271,9 +282,18 @@ mod tests {
             describe(&vm()),
             "name:     web\nstate:    running\nmonitor:  process 42, version 0.1.0\nvcpus:    2\nmemory:   1.5G\n\
              kernel:   /boot/vmlinuz\nruns for: 3m20s\nboots:    1\nconsoles: serial\n\n\
-             DEVICE  KIND  ADDRESS       COUNTERS\ndisk0   blk   0000:00:03.0  read_bytes=512 reads=1\n\n\
+             DEVICE  KIND  ADDRESS       SETTINGS              COUNTERS\n\
+             disk0   blk   0000:00:03.0  path=/r.img queues=4  read_bytes=512 reads=1\n\n\
              VCPU  EXITS\n0     hlt=7\n"
         );
+    }
+
+    #[test]
+    fn a_vm_with_a_balloon_that_is_being_saved() {
+        let balloon = BalloonInfo { target_bytes: 1 << 30, actual_bytes: 1 << 29, ..BalloonInfo::default() };
+        let saving = SaveProgress { bytes_done: 1 << 20, bytes_total: 4 << 20 };
+        let text = describe(&VmInfo { balloon: Some(balloon), saving: Some(saving), ..vm() });
+        assert!(text.contains("\nballoon:  has 512M of 1G\nsaving:   1M of 4M\n"), "{text}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use civic_api::{DeviceInfo, VcpuInfo};
+use civic_api::{DeviceInfo, VcpuInfo, VmConfig};
 use civic_devices::counters::Counters;
 use civic_devices::virtio::DeviceType;
 
@@ -53,12 +53,13 @@ impl Meters {
         self
     }
 
-    /// The devices as the API shows them.
-    pub fn devices(&self) -> Vec<DeviceInfo> {
+    /// The devices as the API shows them; `config` is what they were made from.
+    pub fn devices(&self, config: &VmConfig) -> Vec<DeviceInfo> {
         let info = |meter: &Meter| DeviceInfo {
             id: meter.id.clone(),
             kind: meter.kind.into(),
             address: meter.address.clone(),
+            settings: config.settings(&meter.id),
             counters: meter.tally.read(),
         };
         self.devices.iter().map(info).collect()

@@ -35,6 +35,7 @@ impl Requests {
         let method = match *method {
             Method::GET => "GET",
             Method::POST => "POST",
+            Method::PUT => "PUT",
             _ => "other",
         };
         let labels = RequestLabels { route: route.to_owned(), method, status: status.as_u16() };
@@ -58,6 +59,11 @@ struct DeviceLabels {
     device: String,
     kind: String,
     counter: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BalloonLabels {
+    part: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -126,6 +132,15 @@ fn vm(registry: &mut Registry, info: &VmInfo) {
     let memory = Gauge::<i64>::default();
     memory.set(info.memory_bytes.try_into().unwrap_or(i64::MAX));
     registry.register_with_unit("vm_memory", "Guest RAM", Unit::Bytes, memory);
+
+    if let Some(balloon) = &info.balloon {
+        let parts = Family::<BalloonLabels, Gauge>::default();
+        for (part, bytes) in [("target", balloon.target_bytes), ("actual", balloon.actual_bytes)] {
+            parts.get_or_create(&BalloonLabels { part }).set(bytes.try_into().unwrap_or(i64::MAX));
+        }
+        let help = "Guest RAM that the balloon is to take (target) and has taken (actual)";
+        registry.register_with_unit("vm_balloon", help, Unit::Bytes, parts);
+    }
 }
 
 /// `RssAnon`, `RssFile` and `RssShmem` of a `/proc/PID/status`, in bytes.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
@@ -11,12 +11,14 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use civic_api::launch::RestoreConfig;
-use civic_api::routes::{CONSOLE_PROTOCOL, MAX_BODY_BYTES, SAVE};
-use civic_api::{ErrorBody, ErrorCode, SaveReport, SaveRequest, VmConfig, VmInfo, doctor};
+use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, MAX_BODY_BYTES, SAVE};
+use civic_api::{
+    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, SaveReport, SaveRequest, VmConfig, VmInfo, VmState, doctor,
+};
 use civic_devices::console_hub::ConsoleHub;
-use hyper::StatusCode;
 use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use hyper::upgrade::Upgraded;
+use hyper::{Method, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::UnixStream;
@@ -26,7 +28,7 @@ use utoipa_axum::routes;
 
 use super::metrics::{self, Requests};
 use super::{Limits, Patience};
-use crate::control::{Answer, Command, Control};
+use crate::control::{Answer, Command, Control, no_balloon};
 
 /// The document's frame; the paths come from the routes. Beside what they use, it has the types of `civic run`'s
 /// configuration and of `civic doctor --json`.
@@ -74,6 +76,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(stop))
         .routes(routes!(kill))
         .routes(routes!(save))
+        .routes(routes!(balloon, set_balloon))
         .routes(routes!(vm_metrics))
         .routes(routes!(openapi_json))
         .routes(routes!(console))
@@ -117,7 +120,8 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
     #[serde(deny_unknown_fields)]
     struct Nothing {}
 
-    let takes_body = request.uri().path() == SAVE;
+    let takes_body =
+        matches!((request.method(), request.uri().path()), (&Method::POST, SAVE) | (&Method::PUT, BALLOON));
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
         Ok(Ok(body)) => body,
@@ -215,6 +219,50 @@ async fn save(
         Answer::Saved(report) => Ok(Json(report)),
         Answer::Done => Err(ErrorBody::internal("the save was answered with nothing").into()),
     }
+}
+
+/// The VM's balloon as it is now, and what the guest tells about its memory.
+#[utoipa::path(get, path = "/v1/balloon", responses(
+    (status = 200, body = BalloonInfo),
+    (status = 404, description = "It has none", body = ErrorBody),
+))]
+async fn balloon(State(api): State<Api>) -> Result<Json<BalloonInfo>, Failure> {
+    let view = api.control.view();
+    let info = view.info();
+    let before = info.balloon.ok_or_else(no_balloon)?;
+    if !matches!(info.state, VmState::Running | VmState::Stopping) {
+        return Ok(Json(before));
+    }
+    view.ask_balloon();
+    let mut balloon = view.info().balloon.ok_or_else(no_balloon)?;
+    // A guest that has a driver answers at once; without, what it last told is all there is.
+    let deadline = Instant::now() + api.limits.statistics;
+    while balloon.reports == before.reports && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        balloon = view.info().balloon.ok_or_else(no_balloon)?;
+    }
+    Ok(Json(balloon))
+}
+
+/// Lets the balloon take more or less memory from the guest.
+///
+/// The answer comes when the guest is asked; it gives when it can.
+#[utoipa::path(put, path = "/v1/balloon", request_body = BalloonConfig, responses(
+    (status = 204, description = "The guest is asked"),
+    (status = 400, description = "Not whole pages, or too little would be left", body = ErrorBody),
+    (status = 404, description = "The VM has no balloon", body = ErrorBody),
+))]
+async fn set_balloon(
+    State(api): State<Api>,
+    request: Result<Json<BalloonConfig>, JsonRejection>,
+) -> Result<StatusCode, Failure> {
+    let Json(request) = request.map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.body_text()))?;
+    let info = api.control.view().info();
+    if info.balloon.is_none() {
+        return Err(no_balloon().into());
+    }
+    request.check(info.memory_bytes).map_err(ErrorBody::from)?;
+    command(api, Command::SetBalloon(request.target_bytes)).await
 }
 
 async fn command(api: Api, command: Command) -> Result<StatusCode, Failure> {

@@ -8,17 +8,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use civic_api::client::{Client, ClientError};
-use civic_api::{AfterSave, DeviceInfo, SaveReport, SaveRequest, VcpuInfo, VmInfo, VmState};
+use civic_api::{
+    AfterSave, BalloonConfig, BalloonInfo, DeviceInfo, SaveReport, SaveRequest, VcpuInfo, VmInfo, VmState,
+};
 use civic_devices::console_hub::{ConsoleHub, ConsoleInput};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::control::{Answer, Command, Request, View};
+use crate::control::{Answer, Command, Request, View, no_balloon};
 
 /// A machine that is nothing but its state, and a guest whose console echoes in upper case.
 struct Fake {
     state: Mutex<VmState>,
     hub: Arc<ConsoleHub>,
     gone: AtomicBool,
+    balloon: Mutex<Option<BalloonInfo>>,
+    /// Whether the guest tells its statistics when asked.
+    talks: AtomicBool,
     silent: Mutex<Vec<Request>>,
     hangs: AtomicBool,
 }
@@ -45,6 +50,11 @@ impl Fake {
         if self.hangs.load(Ordering::Relaxed) {
             self.silent.lock().unwrap().push(request);
             return;
+        }
+        if let Command::SetBalloon(bytes) = request.command {
+            let mut balloon = self.balloon.lock().unwrap();
+            let set = balloon.as_mut().map(|balloon| balloon.target_bytes = bytes);
+            return request.reply.send(set.map(|()| Answer::Done).ok_or_else(no_balloon)).unwrap();
         }
         let mut state = self.state.lock().unwrap();
         let next = match (&request.command, *state) {
@@ -76,16 +86,27 @@ impl View for Fake {
             boots: 3,
             started_at_ms: None,
             run_ms: 1500,
+            balloon: self.balloon.lock().unwrap().clone(),
             saving: None,
             devices: vec![DeviceInfo {
                 id: "disk0".into(),
                 kind: "blk".into(),
                 address: Some("0000:00:03.0".into()),
+                settings: BTreeMap::from([("path".to_owned(), "/r.img".to_owned())]),
                 counters: BTreeMap::from([("read_bytes".to_owned(), 512)]),
             }],
             vcpus: vec![VcpuInfo { index: 0, exits: BTreeMap::from([("hlt".to_owned(), 7)]) }],
             consoles: vec!["serial".into()],
             ended: None,
+        }
+    }
+
+    fn ask_balloon(&self) {
+        if let Some(balloon) = self.balloon.lock().unwrap().as_mut()
+            && self.talks.load(Ordering::Relaxed)
+        {
+            balloon.reports += 1;
+            balloon.statistics = BTreeMap::from([("free_bytes".to_owned(), balloon.reports)]);
         }
     }
 
@@ -139,6 +160,8 @@ fn setup(limits: Limits) -> Setup {
         state: Mutex::new(VmState::Created),
         hub,
         gone: AtomicBool::new(false),
+        talks: AtomicBool::new(true),
+        balloon: Mutex::new(Some(BalloonInfo { target_bytes: 4096, ..BalloonInfo::default() })),
         silent: Mutex::default(),
         hangs: AtomicBool::new(false),
     });
@@ -339,6 +362,8 @@ fn metrics_tell_what_info_tells() {
         "civic_vm_boots_total 3",
         "civic_vm_run_seconds_total 1.5",
         "civic_vm_memory_bytes 1073741824",
+        "civic_vm_balloon_bytes{part=\"target\"} 4096",
+        "civic_vm_balloon_bytes{part=\"actual\"} 0",
         "civic_vcpu_exits_total{vcpu=\"0\",reason=\"hlt\"} 7",
         "civic_device_events_total{device=\"disk0\",kind=\"blk\",counter=\"read_bytes\"} 512",
         "civic_api_requests_total{route=\"other\",method=\"GET\",status=\"404\"} 1",
@@ -377,6 +402,50 @@ fn stopping_answers_what_is_under_way() {
 }
 
 /// A save takes longer than any connection may last.
+#[test]
+fn a_balloon_tells_what_the_guest_says_now() {
+    let setup = setup(Limits { statistics: Duration::from_millis(300), ..Limits::default() });
+    let client = setup.client();
+    // Nothing runs yet, so nobody is waited for: what is known is told.
+    setup.fake.talks.store(false, Ordering::Relaxed);
+    assert_eq!(block_on(client.balloon()).unwrap().reports, 0);
+    block_on(client.start()).unwrap();
+    // Nor is a guest that says nothing waited for for ever.
+    let begun = Instant::now();
+    assert_eq!(block_on(client.balloon()).unwrap().reports, 0);
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+    setup.fake.talks.store(true, Ordering::Relaxed);
+    for told in 1..3 {
+        let balloon = block_on(client.balloon()).unwrap();
+        assert_eq!((balloon.reports, balloon.statistics["free_bytes"]), (told, told));
+    }
+}
+
+#[test]
+fn a_balloon_is_told_its_target() {
+    let setup = setup(Limits::default());
+    let client = setup.client();
+    let set = |target_bytes| block_on(client.set_balloon(&BalloonConfig { target_bytes }));
+    set(1 << 20).unwrap();
+    assert_eq!(block_on(client.balloon()).unwrap().target_bytes, 1 << 20);
+    assert_eq!(block_on(client.info()).unwrap().balloon, setup.fake.info().balloon);
+    for wrong in [4095, 1 << 30] {
+        let error = set(wrong).unwrap_err();
+        assert_eq!(error.refusal().unwrap().code, ErrorCode::InvalidConfig, "{error}");
+    }
+    for body in ["", "{\"target\":1}", "4096", "{\"target_bytes\":-1}", "{"] {
+        let head = "PUT /v1/balloon HTTP/1.1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length:";
+        let answer = setup.raw(format!("{head} {}\r\n\r\n{body}", body.len()).as_bytes());
+        assert_eq!(error_code(&answer, "400"), ErrorCode::InvalidRequest, "{body}");
+    }
+    assert_eq!(block_on(client.balloon()).unwrap().target_bytes, 1 << 20);
+
+    *setup.fake.balloon.lock().unwrap() = None;
+    for error in [set(0).unwrap_err(), block_on(client.balloon()).unwrap_err()] {
+        assert_eq!(error.refusal(), Some(&no_balloon()));
+    }
+}
+
 #[test]
 fn a_save_is_answered_when_it_is_done() {
     let connection = Duration::from_millis(50);
@@ -421,7 +490,7 @@ fn the_document_and_the_routes_agree() {
     let setup = setup(Limits::default());
     let document = serde_json::to_value(openapi()).unwrap();
     let paths = document["paths"].as_object().unwrap();
-    let mut known: Vec<&str> = vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, METRICS, OPENAPI, CONSOLE];
+    let mut known: Vec<&str> = vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, BALLOON, METRICS, OPENAPI, CONSOLE];
     known.sort_unstable();
     assert_eq!(paths.keys().map(String::as_str).collect::<Vec<_>>(), known);
     for (path, item) in paths {
