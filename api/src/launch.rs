@@ -33,6 +33,14 @@ pub enum LaunchRequest {
 }
 
 impl LaunchRequest {
+    /// The VM's name.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Boot(config) => &config.name,
+            Self::Restore(config) => &config.name,
+        }
+    }
+
     /// Reads the JSON of either.
     ///
     /// # Errors

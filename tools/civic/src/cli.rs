@@ -1,9 +1,10 @@
 //! The command line: every option, once.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use civic_api::{BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, VmConfig, VsockConfig, validate_name};
+use civic_api::launch::{LaunchRequest, MovedDisk, RestoreConfig};
+use civic_api::{AfterSave, BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, VmConfig, VsockConfig, validate_name};
 use clap::{Args, Parser, Subcommand};
 
 use crate::advice;
@@ -86,6 +87,21 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Save a VM with its memory, to be restored later or elsewhere.
+    #[command(after_help = SAVE_HELP)]
+    Save {
+        /// The VM.
+        #[arg(value_parser = name)]
+        name: String,
+        /// Where to: a directory that is empty or does not exist yet.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        #[command(flatten)]
+        after: AfterArgs,
+        /// Print a report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show a VM's balloon, or set how much memory it takes.
     #[command(after_help = BALLOON_HELP)]
     Balloon {
@@ -140,12 +156,23 @@ Examples:
   civic run --name web --kernel vmlinuz --initrd initrd.img --disk path=root.img \\
       --cmdline 'console=ttyS0 root=/dev/vda1 ro' --detach
   civic run --name tiny --kernel vmlinuz --initrd rescue.img --memory 128M
+  civic run --name web --restore /saved/web
+  civic run --name web2 --restore /saved/web --disk id=disk0,path=copy.img --net id=net0,tap=tap1 --detach
   civic run --name db --kernel vmlinuz --disk path=db.qcow2,format=qcow2,queues=4,bps=200M \\
       --vsock uds=/run/db.vsock --balloon
 
 Environment:
   CIVIC_VMM      the monitor to start; else civic-vmm beside civic, else in PATH
   CIVIC_RUN_DIR  as --run-dir";
+
+const SAVE_HELP: &str = "\
+The VM stands still while it is saved, and ends then unless told otherwise. Its disks are not copied:
+they must be as they are now when it is restored with 'civic run --restore DIR', so copy them first if
+it is to run on. Interrupting the command does not stop the saving.
+
+Examples:
+  civic save web /saved/web
+  civic save web /saved/web --keep-paused && cp root.img /saved/ && civic resume web";
 
 const BALLOON_HELP: &str = "\
 The VM must have been started with --balloon. The guest gives memory as it can: what it has given is
@@ -172,26 +199,50 @@ Examples:
   civic console web
   echo 'systemctl restart nginx' | timeout 10 civic console web";
 
+/// What becomes of a VM that was saved.
+#[derive(Debug, Args)]
+pub struct AfterArgs {
+    /// Let the VM run on once it is saved.
+    #[arg(long, conflicts_with = "keep_paused")]
+    keep_running: bool,
+    /// Keep the VM paused once it is saved.
+    #[arg(long)]
+    keep_paused: bool,
+}
+
+impl AfterArgs {
+    pub fn then(&self) -> AfterSave {
+        match (self.keep_running, self.keep_paused) {
+            (true, _) => AfterSave::Resume,
+            (_, true) => AfterSave::Pause,
+            _ => AfterSave::Stop,
+        }
+    }
+}
+
+/// Guest memory unless another size is asked for.
+const DEFAULT_MEMORY: ByteSize = ByteSize(512 << 20);
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// The VM's name: a-z, 0-9, '.', '_' and '-'.
     #[arg(long, value_parser = name)]
     pub name: String,
     /// Kernel: a bzImage (a distribution's vmlinuz) or an uncompressed vmlinux.
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line. By default 'console=ttyS0', and with a disk and no initrd also 'root=/dev/vda rw'.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// Guest memory, such as 512M, 1G or 1.5G: 16M to 64G in steps of 2M.
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub memory: ByteSize,
-    /// vCPUs, 1 to 16.
-    #[arg(long, value_name = "COUNT", default_value_t = 1)]
-    pub cpus: u8,
+    /// Guest memory, such as 512M, 1G or 1.5G: 16M to 64G in steps of 2M. By default 512M.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+    /// vCPUs, 1 to 16. By default 1.
+    #[arg(long, value_name = "COUNT")]
+    pub cpus: Option<u8>,
     /// A disk: path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]. Repeat for more: /dev/vda,
     /// /dev/vdb, … in the guest. A comma in FILE is doubled. The id is the disk's serial number in the guest, by default
     /// disk0, disk1, … 'ro' refuses writes. The format is raw unless said otherwise; 'backing' lets a qcow2 image name the
@@ -210,6 +261,13 @@ pub struct RunArgs {
     /// A memory balloon: the guest gives back the memory it has no use for; with SIZE, that much more is taken from it.
     #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     pub balloon: Option<ByteSize>,
+    /// Let the VM go on that 'civic save' put into DIR, which is only read. Kernel, memory, vCPUs and devices are as they were;
+    /// --disk id=ID,path=FILE, --net id=ID,tap=NAME and --vsock uds=PATH say what is elsewhere now.
+    #[arg(long, value_name = "DIR")]
+    pub restore: Option<PathBuf>,
+    /// Restore although a disk has been written to since the VM was saved, which damages its file system.
+    #[arg(long, requires = "restore")]
+    pub allow_changed_disks: bool,
     /// Return as soon as the guest has started, and let it run on its own.
     #[arg(long)]
     pub detach: bool,
@@ -222,12 +280,17 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// The configuration for the monitor: paths absolute, ids filled in, checked. An error names the option.
-    pub fn config(&self) -> anyhow::Result<VmConfig> {
-        let absolute = |path: &PathBuf, flag: &str| {
-            std::path::absolute(path).map_err(|error| {
-                advice::error(format!("{flag} '{}': {error}", path.display()), format!("give a path to {flag}"))
-            })
+    /// What to ask of the monitor: paths absolute, ids filled in, checked. An error names the option.
+    pub fn request(&self) -> anyhow::Result<LaunchRequest> {
+        match &self.restore {
+            Some(from) => Ok(LaunchRequest::Restore(self.restoration(from)?)),
+            None => Ok(LaunchRequest::Boot(self.config()?)),
+        }
+    }
+
+    fn config(&self) -> anyhow::Result<VmConfig> {
+        let Some(kernel) = &self.kernel else {
+            return Err(advice::error("there is no kernel", "give one with --kernel, or a saved VM with --restore"));
         };
         let mut disks = Vec::new();
         for (index, disk) in self.disks.iter().enumerate() {
@@ -241,11 +304,11 @@ impl RunArgs {
         };
         let config = VmConfig {
             name: self.name.clone(),
-            kernel: absolute(&self.kernel, "--kernel")?,
+            kernel: absolute(kernel, "--kernel")?,
             initrd: self.initrd.as_ref().map(|initrd| absolute(initrd, "--initrd")).transpose()?,
             cmdline: self.cmdline.clone(),
-            memory_bytes: self.memory.0,
-            cpus: self.cpus,
+            memory_bytes: self.memory.unwrap_or(DEFAULT_MEMORY).0,
+            cpus: self.cpus.unwrap_or(1),
             disks,
             nets: self.nets.iter().enumerate().map(|(index, net)| net.config(index)).collect(),
             vsock: self.vsock.as_ref().map(vsock).transpose()?,
@@ -259,6 +322,55 @@ impl RunArgs {
         })?;
         Ok(config)
     }
+
+    /// The VM saved in `from`. What it was saved with cannot be given anew.
+    fn restoration(&self, from: &Path) -> anyhow::Result<RestoreConfig> {
+        let saved_with = [
+            ("--kernel", self.kernel.is_some()),
+            ("--initrd", self.initrd.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--memory", self.memory.is_some()),
+            ("--cpus", self.cpus.is_some()),
+            ("--balloon", self.balloon.is_some()),
+        ];
+        if let Some((flag, _)) = saved_with.into_iter().find(|(_, given)| *given) {
+            let message = format!("{flag}: a restored VM has what it was saved with");
+            return Err(advice::error(message, format!("leave {flag} out, or boot a VM without --restore")));
+        }
+        let wrong = |flag: &str, error: String| {
+            advice::error(format!("{flag}: {error}"), format!("change {flag}; 'civic run --help' says what it takes"))
+        };
+        let disk = |spec: &DiskSpec| {
+            let disk = spec.moved().map_err(|error| wrong("--disk", error))?;
+            anyhow::Ok(MovedDisk { path: absolute(&disk.path, "--disk")?, ..disk })
+        };
+        let vsock = |spec: &VsockSpec| {
+            let uds = spec.moved().map_err(|error| wrong("--vsock", error))?;
+            absolute(&uds, "--vsock")
+        };
+        Ok(RestoreConfig {
+            name: self.name.clone(),
+            restore: absolute(from, "--restore")?,
+            disks: self.disks.iter().map(disk).collect::<anyhow::Result<_>>()?,
+            nets: self
+                .nets
+                .iter()
+                .map(|net| net.moved().map_err(|error| wrong("--net", error)))
+                .collect::<anyhow::Result<_>>()?,
+            vsock: self.vsock.as_ref().map(vsock).transpose()?,
+            kernel: None,
+            initrd: None,
+            allow_changed_disks: self.allow_changed_disks,
+            overcommit: self.overcommit,
+            any_kvm: self.any_kvm,
+        })
+    }
+}
+
+fn absolute(path: &Path, flag: &str) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| {
+        advice::error(format!("{flag} '{}': {error}", path.display()), format!("give a path to {flag}"))
+    })
 }
 
 /// A VM's name: it becomes part of paths, so it is checked before anything is done with it.
@@ -278,7 +390,7 @@ mod tests {
     use clap::CommandFactory;
 
     fn run_args(line: &str) -> Result<RunArgs, clap::Error> {
-        match Cli::try_parse_from(line.split(' '))?.command {
+        match Cli::try_parse_from(line.split_whitespace())?.command {
             Command::Run(args) => Ok(*args),
             command => panic!("{command:?}"),
         }
@@ -339,7 +451,7 @@ mod tests {
             let line = format!("civic run --name web --kernel /k {options}");
             let told = match run_args(&line) {
                 Err(error) => error.to_string(),
-                Ok(args) => advice::told(&args.config().unwrap_err()),
+                Ok(args) => advice::told(&args.request().unwrap_err()),
             };
             assert!(!told.trim().is_empty());
             told
@@ -366,6 +478,50 @@ mod tests {
         for name in ["../x", "A", ""] {
             assert!(Cli::try_parse_from(["civic", "info", name]).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_restored_vm() {
+        let request =
+            |options: &str| run_args(&format!("civic run --name web --restore saved {options}")).unwrap().request();
+        let here = std::env::current_dir().unwrap();
+        let LaunchRequest::Restore(plain) = request("").unwrap() else { panic!("not a restore") };
+        assert_eq!((plain.name.as_str(), &plain.restore), ("web", &here.join("saved")));
+        assert!(!plain.allow_changed_disks && plain.disks.is_empty() && plain.nets.is_empty() && plain.vsock.is_none());
+        let options = "--disk id=disk0,path=copy --net id=net0,tap=t --vsock uds=v --allow-changed-disks --any-kvm";
+        let LaunchRequest::Restore(moved) = request(options).unwrap() else { panic!("not a restore") };
+        assert_eq!((moved.disks[0].id.as_str(), &moved.disks[0].path), ("disk0", &here.join("copy")));
+        assert_eq!((moved.nets[0].id.as_str(), moved.nets[0].tap.as_str()), ("net0", "t"));
+        assert_eq!(moved.vsock, Some(here.join("v")));
+        assert!(moved.allow_changed_disks && moved.any_kvm && !moved.overcommit);
+        for option in ["--kernel k", "--initrd i", "--cmdline x", "--memory 1G", "--cpus 1", "--balloon"] {
+            let told = advice::told(&request(option).unwrap_err());
+            let flag = option.split(' ').next().unwrap();
+            assert!(told.starts_with(&format!("civic: {flag}: a restored VM has what it was saved with\n")), "{told}");
+        }
+        for (option, part) in [
+            ("--disk path=copy", "--disk: a restored VM's devices are as they were saved: write id=ID,path=FILE"),
+            ("--net tap=t", "--net: a restored VM's devices are as they were saved: write id=ID,tap=NAME"),
+            ("--vsock uds=v,cid=4", "--vsock: a restored VM's devices are as they were saved: write uds=PATH"),
+        ] {
+            let told = advice::told(&request(option).unwrap_err());
+            assert!(told.contains(part), "{told}");
+        }
+        assert!(run_args("civic run --name web --kernel k --allow-changed-disks").is_err());
+        assert!(run_args("civic run --name web").unwrap_err().to_string().contains("--kernel"));
+    }
+
+    #[test]
+    fn saving() {
+        let then = |options: &str| match Cli::try_parse_from(format!("civic save web /s{options}").split(' '))?.command
+        {
+            Command::Save { after, .. } => Ok::<_, clap::Error>(after.then()),
+            command => panic!("{command:?}"),
+        };
+        assert_eq!(then("").unwrap(), AfterSave::Stop);
+        assert_eq!(then(" --keep-running").unwrap(), AfterSave::Resume);
+        assert_eq!(then(" --keep-paused --json").unwrap(), AfterSave::Pause);
+        assert!(then(" --keep-paused --keep-running").is_err());
     }
 
     #[test]

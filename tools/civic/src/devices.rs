@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::path::PathBuf;
 use std::str::FromStr;
 
+use civic_api::launch::{MovedDisk, MovedNet};
 use civic_api::{ByteSize, DiskConfig, DiskFormat, MacAddr, NetConfig, RateLimit, VsockConfig};
 
 /// `path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]`
@@ -32,6 +34,16 @@ impl DiskSpec {
         let id = self.id.clone().unwrap_or_else(|| format!("disk{index}"));
         DiskConfig { id, ..self.disk.clone() }
     }
+
+    /// Where a restored VM's disk is now.
+    pub fn moved(&self) -> Result<MovedDisk, String> {
+        match &self.id {
+            Some(id) if self.disk == DiskConfig::new("", &self.disk.path) => {
+                Ok(MovedDisk { id: id.clone(), path: self.disk.path.clone() })
+            }
+            _ => Err(moved_form("id=ID,path=FILE")),
+        }
+    }
 }
 
 impl NetSpec {
@@ -40,6 +52,16 @@ impl NetSpec {
         let id = self.id.clone().unwrap_or_else(|| format!("net{index}"));
         NetConfig { id, ..self.net.clone() }
     }
+
+    /// The tap that a restored VM's network card is on now.
+    pub fn moved(&self) -> Result<MovedNet, String> {
+        match &self.id {
+            Some(id) if self.net == NetConfig::new("", &self.net.tap) => {
+                Ok(MovedNet { id: id.clone(), tap: self.net.tap.clone() })
+            }
+            _ => Err(moved_form("id=ID,tap=NAME")),
+        }
+    }
 }
 
 impl VsockSpec {
@@ -47,6 +69,18 @@ impl VsockSpec {
     pub fn config(&self) -> VsockConfig {
         self.0.clone()
     }
+
+    /// Where a restored VM's unix socket is to be now.
+    pub fn moved(&self) -> Result<PathBuf, String> {
+        match self.0.cid {
+            None => Ok(self.0.uds.clone()),
+            Some(_) => Err(moved_form("uds=PATH")),
+        }
+    }
+}
+
+fn moved_form(form: &str) -> String {
+    format!("a restored VM's devices are as they were saved: write {form} for one that is elsewhere now")
 }
 
 impl FromStr for DiskSpec {
@@ -276,6 +310,23 @@ mod tests {
         ] {
             complains::<NetSpec>(text, part);
         }
+    }
+
+    #[test]
+    fn what_a_restore_may_move() {
+        let disk = |text: &str| text.parse::<DiskSpec>().unwrap().moved();
+        assert_eq!(disk("id=data,path=/new"), Ok(MovedDisk { id: "data".into(), path: "/new".into() }));
+        for more in ["path=/new", "id=a,path=/new,ro", "id=a,path=/new,queues=2", "id=a,path=/new,format=qcow2"] {
+            assert!(disk(more).unwrap_err().contains("id=ID,path=FILE"), "{more}");
+        }
+        let net = |text: &str| text.parse::<NetSpec>().unwrap().moved();
+        assert_eq!(net("id=lan,tap=t"), Ok(MovedNet { id: "lan".into(), tap: "t".into() }));
+        for more in ["tap=t", "id=lan,tap=t,mac=52:54:00:12:34:56", "id=lan,tap=t,rx-bps=1M"] {
+            assert!(net(more).unwrap_err().contains("id=ID,tap=NAME"), "{more}");
+        }
+        let vsock = |text: &str| text.parse::<VsockSpec>().unwrap().moved();
+        assert_eq!(vsock("uds=/v"), Ok(PathBuf::from("/v")));
+        assert!(vsock("uds=/v,cid=3").unwrap_err().contains("uds=PATH"));
     }
 
     #[test]

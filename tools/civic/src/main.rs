@@ -15,6 +15,7 @@ mod monitor;
 mod process;
 mod run;
 mod rundir;
+mod save;
 mod show;
 mod stop;
 mod table;
@@ -70,6 +71,9 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             Command::Pause { name } => on(&dir, &name, async |vm| vm.pause().await).await,
             Command::Resume { name } => on(&dir, &name, async |vm| vm.resume().await).await,
             Command::Stop { name, timeout, force } => stop::stop(&dir, &name, timeout, force).await,
+            Command::Save { name, directory, after, json } => {
+                save::save(&dir, &name, &directory, after.then(), json).await
+            }
             Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
             Command::Kill { name } => stop::kill(&dir, &name).await,
             Command::Doctor { json } => show::doctor(&dir, json),

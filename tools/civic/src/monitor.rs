@@ -10,8 +10,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
-use civic_api::launch::Launch;
-use civic_api::{ErrorBody, ErrorCode, VmConfig};
+use civic_api::launch::{Launch, LaunchRequest};
+use civic_api::{ErrorBody, ErrorCode};
 
 use crate::rundir::RunDir;
 use crate::{advice, cli};
@@ -28,12 +28,12 @@ pub struct Monitor {
 
 impl Monitor {
     /// Starts a monitor and waits until it has built the VM.
-    pub async fn launch(dir: &RunDir, config: &VmConfig) -> anyhow::Result<Self> {
+    pub async fn launch(dir: &RunDir, request: &LaunchRequest) -> anyhow::Result<Self> {
         let program = find()?;
-        let log = open_log(dir, &config.name)?;
+        let log = open_log(dir, request.name())?;
         let mut command = Command::new(&program);
         // The configuration comes by a pipe: it is on no disk and in nobody's process list.
-        command.args(["--config", "-", "--dir"]).arg(dir.vm(&config.name));
+        command.args(["--config", "-", "--dir"]).arg(dir.vm(request.name()));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         in_own_session(&mut command);
         let child = command.spawn().map_err(|error| {
@@ -41,10 +41,10 @@ impl Monitor {
             advice::error(format!("cannot start {}: {error}", program.display()), hint)
         })?;
         let mut monitor = Self { child: Some(child) };
-        let line = monitor.first_line(serde_json::to_string(config).context("cannot write the configuration")?);
+        let line = monitor.first_line(request.to_json().context("cannot write the configuration")?);
         let line = tokio::time::timeout(LAUNCH_TIMEOUT, line).await.map_err(|_| {
             let message = format!("the monitor did not build the VM within {} s", LAUNCH_TIMEOUT.as_secs());
-            advice::error(message, format!("see {}", dir.log(&config.name).display()))
+            advice::error(message, format!("see {}", dir.log(request.name()).display()))
         })??;
         match serde_json::from_str(&line) {
             Ok(Launch::Ready { .. }) => Ok(monitor),
@@ -54,19 +54,19 @@ impl Monitor {
             }
             Err(_) => {
                 let status = monitor.kill().map_or_else(String::new, |status| format!(" ({status})"));
-                Err(advice::error(format!("the monitor failed{status}"), log_hint(&dir.log(&config.name))))
+                Err(advice::error(format!("the monitor failed{status}"), log_hint(&dir.log(request.name()))))
             }
         }
     }
 
     /// Gives the monitor its configuration and reads the line it answers with; empty when it ends without.
-    async fn first_line(&mut self, config: String) -> anyhow::Result<String> {
+    async fn first_line(&mut self, config: Vec<u8>) -> anyhow::Result<String> {
         let child = self.child.as_mut().context("the monitor is gone")?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         let answer = tokio::task::spawn_blocking(move || -> io::Result<String> {
             if let Some(mut stdin) = stdin {
                 // It may end before it reads: what it says about that is worth more than this error.
-                let _ = stdin.write_all(config.as_bytes());
+                let _ = stdin.write_all(&config);
             }
             let mut line = String::new();
             if let Some(stdout) = stdout {

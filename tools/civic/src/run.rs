@@ -17,12 +17,12 @@ use crate::{advice, explain};
 
 /// Starts a VM; in the foreground, stays until it ends.
 pub async fn run(dir: &RunDir, args: RunArgs) -> anyhow::Result<()> {
-    let config = args.config()?;
-    let name = &config.name;
+    let request = args.request()?;
+    let name = request.name();
     let mut signals = Signals::catch().context("cannot catch signals")?;
     // Until it is released or waited for, whatever goes wrong ends the monitor.
     let monitor = tokio::select! {
-        launched = Monitor::launch(dir, &config) => launched?,
+        launched = Monitor::launch(dir, &request) => launched?,
         () = signals.next() => return Err(advice::error("interrupted before the VM was built", "run it again")),
     };
     let client = dir.client(name);
