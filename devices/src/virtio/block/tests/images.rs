@@ -9,7 +9,7 @@ use super::load::{SLOT, Slots, exercise, many_queues};
 use super::trim::ask;
 use super::*;
 
-const QCOW2: DiskOptions = DiskOptions { read_only: false, format: DiskFormat::Qcow2, backing: false };
+pub const QCOW2: DiskOptions = DiskOptions { read_only: false, format: DiskFormat::Qcow2, backing: false };
 
 #[test]
 fn qemu_keeps_off_a_disk_in_use() {
@@ -25,7 +25,7 @@ fn qemu_keeps_off_a_disk_in_use() {
 }
 
 #[track_caller]
-fn qemu_img(args: &[&str]) -> String {
+pub fn qemu_img(args: &[&str]) -> String {
     let mut command = Command::new("qemu-img");
     command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
     // Between its fork and its exec the child has the locks of this process's other tests.
@@ -39,14 +39,14 @@ fn qemu_img(args: &[&str]) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
-struct Folder(tempfile::TempDir);
+pub struct Folder(tempfile::TempDir);
 
 impl Folder {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 

@@ -51,7 +51,9 @@ fn others_time() -> Duration {
     spent(UsageWho::RUSAGE_SELF).saturating_sub(spent(UsageWho::RUSAGE_THREAD))
 }
 
-/// Run by hand: `cargo test --release -p civic-devices -- --ignored --nocapture how_fast`. Its image is in TMPDIR.
+/// Run by hand: `cargo test --release -p civic-devices -- --ignored --nocapture how_fast`. Its images are in TMPDIR.
+///
+/// `qemu-img bench -f qcow2 -d 32 -s 4096 -c 100000 [-w] IMAGE` is what QEMU does on one thread, without a guest's rings.
 #[test]
 #[ignore = "measures; run it by hand"]
 fn how_fast_the_engines_are() {
@@ -59,24 +61,22 @@ fn how_fast_the_engines_are() {
     let image = tempfile::NamedTempFile::new().unwrap();
     let chunk = vec![7; 1 << 20];
     (0..bytes >> 20).for_each(|i| image.as_file().write_all_at(&chunk, i << 20).unwrap());
+    let folder = images::Folder::new();
+    let (raw, qcow2) = (image.path().to_str().unwrap(), folder.path("disk"));
+    images::qemu_img(&["convert", "-f", "raw", "-O", "qcow2", raw, qcow2.to_str().unwrap()]);
+    let measure = |disk: Disk, engine, kind, (len, depth)| {
+        let mut setup = many_queues(disk, 1, engine);
+        let (before, time) = (others_time(), Duration::from_millis(1500));
+        let count = hammer(&mut setup, kind, (len, depth), bytes / 512, time);
+        let spent = (others_time() - before).as_secs_f64() * 1e6 / count as f64;
+        format!("{:.0}/s, {spent:.1} us each", count as f64 / time.as_secs_f64())
+    };
     for (name, kind) in [("read", VIRTIO_BLK_T_IN), ("write", VIRTIO_BLK_T_OUT)] {
-        for (len, depth) in [(4096, 1), (4096, 32), (131_072, 1), (131_072, 8)] {
-            let mut line = format!("{name:5} {len:6} bytes, {depth:2} at a time:");
-            for (engine, make) in [("direct", (|_| Engine::direct()) as fn(u16) -> Engine), ("io_uring", Engine::new)] {
-                let mut block =
-                    Block::new("x", Arc::new(open(image.path(), false).unwrap()), BlockOptions::default()).unwrap();
-                block.engine = make;
-                let mut block = Attached::new(block);
-                let mut driver = Driver::new(&[QUEUE_SIZE]);
-                block.activate(driver.activation(RING_FEATURES | 1 << VIRTIO_BLK_F_FLUSH)).unwrap();
-                let mut setup = Setup { block, driver };
-                let time = Duration::from_millis(1500);
-                let before = others_time();
-                let count = hammer(&mut setup, kind, (len, depth), bytes / 512, time);
-                let spent = (others_time() - before).as_secs_f64() * 1e6 / count as f64;
-                line += &format!("  {engine} {:.0}/s, {spent:.1} us each;", count as f64 / time.as_secs_f64());
-            }
-            println!("{line}");
+        for shape in [(4096, 1), (4096, 32), (131_072, 1), (131_072, 8)] {
+            println!("{name} {} bytes, {} at a time:", shape.0, shape.1);
+            println!("  direct   {}", measure(open(image.path(), false).unwrap(), |_| Engine::direct(), kind, shape));
+            println!("  io_uring {}", measure(open(image.path(), false).unwrap(), Engine::new, kind, shape));
+            println!("  qcow2    {}", measure(Disk::open(&qcow2, images::QCOW2).unwrap(), Engine::new, kind, shape));
         }
     }
 }
