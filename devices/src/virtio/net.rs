@@ -57,6 +57,8 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 pub const MAX_PAIRS: usize = 32;
 /// The shortest packet that everything can carry (RFC 791), which §5.1.4.1 wants of a device.
 const MIN_MTU: u16 = 68;
+/// What a card says whose link does not know.
+const ETHERNET_MTU: u16 = 1500;
 
 /// A hardware address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -115,7 +117,7 @@ pub enum NetError {
 pub struct Net {
     card: Arc<Card>,
     mac: Mac,
-    mtu: Option<u16>,
+    mtu: u16,
     rx_rate: Option<SharedRate>,
     tx_rate: Option<SharedRate>,
     queue_sizes: Vec<u16>,
@@ -134,7 +136,7 @@ impl Net {
         if let Some(mtu) = options.mtu.filter(|mtu| *mtu < MIN_MTU) {
             return Err(NetError::Mtu(mtu));
         }
-        let mtu = options.mtu.or_else(|| links[0].mtu().filter(|mtu| *mtu >= MIN_MTU));
+        let mtu = options.mtu.or(links[0].mtu()).unwrap_or(ETHERNET_MTU).max(MIN_MTU);
         let rate = |limit: Option<RateLimit>| limit.map(SharedRate::new).transpose().map_err(NetError::Rate);
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -206,7 +208,6 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         let optional = [
-            (self.mtu.is_some(), 1 << VIRTIO_NET_F_MTU),
             (self.max_pairs() > 1, 1 << VIRTIO_NET_F_MQ),
             (
                 self.card.links[0].segments_udp(),
@@ -217,6 +218,7 @@ impl VirtioDevice for Net {
         RING_FEATURES
             | optional
             | 1 << VIRTIO_NET_F_MAC
+            | 1 << VIRTIO_NET_F_MTU
             | 1 << VIRTIO_NET_F_STATUS
             | 1 << VIRTIO_NET_F_MRG_RXBUF
             | 1 << VIRTIO_NET_F_CSUM
@@ -242,7 +244,7 @@ impl VirtioDevice for Net {
         config[..6].copy_from_slice(&self.mac.0);
         config[6..8].copy_from_slice(&self.card.switch.status().to_le_bytes());
         config[8..10].copy_from_slice(&(self.max_pairs() as u16).to_le_bytes());
-        config[10..].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
+        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
@@ -305,6 +307,7 @@ impl VirtioDevice for Net {
             return Err(StateError::WrongDevice("network card"));
         };
         self.check(&state)?;
+        self.mtu = state.mtu;
         for pair in 0..self.max_pairs() {
             let mut way = self.card.way(pair);
             way.in_use = pair < usize::from(state.pairs);
@@ -332,9 +335,12 @@ impl Net {
             let hex = |mac: [u8; 6]| format!("{mac:02x?}");
             return differs("the network card's address", hex(*mac), hex(self.mac.0));
         }
-        if *mtu != self.mtu {
-            let bytes = |mtu: Option<u16>| mtu.map_or("unknown".into(), |mtu| mtu.to_string());
-            return differs("the network card's MTU", bytes(*mtu), bytes(self.mtu));
+        if *mtu < MIN_MTU {
+            return Err(StateError::Impossible("a network card has an MTU that no network has"));
+        }
+        // A wire that carries longer packets than the guest sends will do, one that does not tell too.
+        if let Some(now) = self.card.links[0].mtu().filter(|now| *now < *mtu) {
+            return differs("the network card's MTU", mtu.to_string(), now.to_string());
         }
         if usize::from(*pairs) > self.max_pairs() {
             return differs(

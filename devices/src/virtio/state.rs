@@ -117,7 +117,7 @@ pub struct NetStateV1 {
     /// Hardware address.
     pub mac: [u8; 6],
     /// The longest packet, as the guest was told.
-    pub mtu: Option<u16>,
+    pub mtu: u16,
     /// Pairs of queues that the driver uses.
     pub pairs: u16,
     /// The feature bits of the guest's offloads, where the driver changed them after negotiation.

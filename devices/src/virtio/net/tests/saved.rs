@@ -85,7 +85,8 @@ fn a_state_that_cannot_be_is_refused() {
         assert_eq!(net.save(), before, "{what} leaves nothing behind");
     };
     refuse("another address", &|state| state.mac[3] ^= 1);
-    refuse("another MTU", &|state| state.mtu = Some(9000));
+    refuse("packets longer than the wire's", &|state| state.mtu = 1401);
+    refuse("an MTU of none", &|state| state.mtu = 67);
     refuse("too many pairs", &|state| state.pairs = 4);
     refuse("offloads that are none", &|state| state.offloads = Some(1 << VIRTIO_NET_F_MAC));
     refuse("a frame of a pair that is not in use", &|state| state.pairs = 1);
@@ -94,6 +95,22 @@ fn a_state_that_cannot_be_is_refused() {
     refuse("two frames of one pair", &|state| state.held.push(state.held[0].clone()));
     let mut net = made("eth0", &setup.links, options());
     assert_eq!(net.restore(DeviceState::Rng), Err(StateError::WrongDevice("network card")));
+}
+
+#[test]
+fn the_guest_keeps_the_mtu_that_it_was_told() {
+    let mtu_of = |net: &Net| {
+        let mut mtu = [0; 2];
+        net.read_config(10, &mut mtu);
+        u16::from_le_bytes(mtu)
+    };
+    let mut setup = Setup::with(1, NetOptions { mtu: Some(576), ..options() }, false);
+    assert_eq!(mtu_of(&setup.net), 576);
+    let state = setup.net.save();
+    setup.net = made("eth0", &setup.links, options());
+    assert_eq!(mtu_of(&setup.net), 1400, "the link's");
+    setup.net.restore(state).unwrap();
+    assert_eq!(mtu_of(&setup.net), 576);
 }
 
 #[test]
