@@ -20,6 +20,9 @@ use crate::{advice, explain};
 const INTERVAL: Duration = Duration::from_millis(200);
 /// How long a monitor may take to go once its VM is saved.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// Until the monitor tells how much there is to write, and from then on.
+const SPINNER: &str = "{spinner} {msg} ({elapsed})";
+const BAR: &str = "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} ({elapsed})";
 
 /// Saves the VM to `directory`; where it is not to go on, returns when its monitor has ended, so that its name is free.
 pub async fn save(dir: &RunDir, name: &str, directory: &Path, then: AfterSave, json: bool) -> anyhow::Result<()> {
@@ -71,6 +74,9 @@ async fn follow(client: &Client, bar: &ProgressBar) -> Infallible {
         if let Ok(info) = client.info().await
             && let Some(progress) = info.saving
         {
+            if bar.length() == Some(0) && progress.bytes_total > 0 {
+                bar.set_style(style(BAR));
+            }
             bar.set_length(progress.bytes_total);
             bar.set_position(progress.bytes_done);
         }
@@ -78,23 +84,31 @@ async fn follow(client: &Client, bar: &ProgressBar) -> Infallible {
     }
 }
 
-/// A bar on a terminal; nothing elsewhere.
+/// A sign of life on a terminal, which becomes a bar once there is a length; nothing elsewhere.
 fn bar(name: &str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(0).with_message(format!("saving {name}"));
-    if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} ({elapsed})")
-    {
-        bar.set_style(style.progress_chars("=> "));
-    }
+    let bar = ProgressBar::new(0).with_message(format!("saving {name}")).with_style(style(SPINNER));
     bar.enable_steady_tick(INTERVAL);
     bar
+}
+
+fn style(template: &str) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template);
+    style.map_or_else(|_| ProgressStyle::default_bar(), |style| style.progress_chars("=> "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_templates_are_templates() {
+        for template in [SPINNER, BAR] {
+            ProgressStyle::with_template(template).unwrap();
+        }
+    }
 
     #[test]
     fn a_report() {
