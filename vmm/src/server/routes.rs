@@ -261,7 +261,8 @@ async fn set_balloon(
     if info.balloon.is_none() {
         return Err(no_balloon().into());
     }
-    request.check(info.memory_bytes).map_err(ErrorBody::from)?;
+    let hint = "take less, and whole pages of 4096 bytes";
+    request.check(info.memory_bytes).map_err(|error| ErrorBody::from(error).with_hint(hint))?;
     command(api, Command::SetBalloon(request.target_bytes)).await
 }
 
