@@ -110,7 +110,8 @@ fn queues_and_formats() {
 #[test]
 fn rates() {
     let rate = |bytes_per_second, operations_per_second| Some(RateLimit { bytes_per_second, operations_per_second });
-    let places: [(Field, &str, fn(&mut VmConfig) -> &mut Option<RateLimit>); 3] = [
+    type Place = fn(&mut VmConfig) -> &mut Option<RateLimit>;
+    let places: [(Field, &str, Place); 3] = [
         (Field::Disk, "disk0", |c| &mut c.disks[0].rate),
         (Field::Net, "net0", |c| &mut c.nets[0].rx_rate),
         (Field::Net, "net0", |c| &mut c.nets[0].tx_rate),
