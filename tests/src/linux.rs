@@ -335,6 +335,25 @@ impl Vm {
         Ok(())
     }
 
+    /// Saves the guest to a directory, restores it from there in another process, and removes the directory.
+    pub fn save_and_restore(&mut self) -> Result<()> {
+        let before = self.info()?;
+        let saved = tempfile::tempdir_in(self.run_dir.path())?;
+        let dir = saved.path().join("vm");
+        let path = dir.to_str().context("a path of ours is UTF-8")?;
+        self.civic(&["save", path])?;
+        ensure!(!self.dir().exists(), "{} is still there", self.dir().display());
+        let mut command = civic(self.run_dir.path())?;
+        command.args(["run", "--name", &self.name, "--restore", path, "--detach"]);
+        checked(command.output()?, "civic run --restore")?;
+        self.console = Console::attach(&self.dir().join("api.sock"), "serial")?;
+        let after = self.info()?;
+        ensure!(after.pid != before.pid, "it is the same process");
+        ensure!(after.boots == before.boots, "{} boots before, {} after", before.boots, after.boots);
+        ensure!(self.sh("echo here")? == "here", "the shell does not answer");
+        Ok(())
+    }
+
     /// Stops the guest by its power button and checks that nothing of it is left.
     pub fn stop(self) -> Result<()> {
         let pid = self.info()?.pid;

@@ -39,6 +39,26 @@ fn main() {
     for (name, image) in [("bzimage", Image::BzImage), ("vmlinux", Image::Vmlinux)] {
         trials.push(trial(format!("reboots::{name}"), move || reboots(image)).with_ignored_flag(true));
     }
+    for (i, (kernel, image, cpus)) in [
+        ("6.1-cloud", Image::BzImage, 1),
+        ("6.12-cloud", Image::Vmlinux, 4),
+        ("6.12-generic", Image::BzImage, 4),
+        ("6.1-cloud", Image::Vmlinux, 4),
+        ("6.12-cloud", Image::BzImage, 1),
+        ("6.12-generic", Image::Vmlinux, 1),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let spec = |userland, memory| Spec { kernel, image, userland, cpus, memory, more: Vec::new() };
+        let name = |userland: &str| format!("saved::{userland}::{kernel}::{cpus}cpu");
+        let (tiny, debian) = (spec(Userland::Tiny, "256M"), spec(Userland::Debian, "1G"));
+        // By default three of the six, with both kinds of image and both vCPU counts among them.
+        trials.push(trial(name("tiny"), move || saved_tiny(tiny.clone(), 4)).with_ignored_flag(i >= 3));
+        trials.push(trial(name("debian"), move || saved_debian(&debian, 3)).with_ignored_flag(i >= 2));
+    }
+    let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
+    trials.push(trial("saved::a_hundred_times".into(), hundred).with_ignored_flag(true));
     trials.push(trial("memory_above_the_hole".into(), || big_memory("5G", 5)));
     trials.push(trial("memory_of_64_gib".into(), || big_memory("64G", 64)).with_ignored_flag(true));
     trials.push(trial("without_initrd".into(), without_initrd));
@@ -150,6 +170,154 @@ fn debian_life(spec: &Spec) -> Result<()> {
     vm.sh("sha256sum -c /root/sum")?;
     vm.check_kernel_log()?;
     vm.stop()
+}
+
+/// What runs in a guest while it is saved and restored: a clock that is watched, and a disk that is written and read back.
+const CLOCK: &str = "last=0; while :; do read now rest < /proc/uptime; now=${now%.*}${now#*.}; \
+    [ $now -lt $last ] && echo back from $last to $now >> /tmp/clock.bad; last=$now; echo $last > /tmp/clock.now; done";
+
+/// Speaks to an echo server of the guest's on one connection until it is told to stop; then says how many lines came back, each once
+/// and in order.
+struct Echo {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<Result<u32>>,
+}
+
+impl Echo {
+    fn start(address: (std::net::Ipv4Addr, u16)) -> Result<Self> {
+        use std::io::{BufRead, BufReader, Write};
+        use std::sync::atomic::Ordering;
+        let stream = std::net::TcpStream::connect_timeout(&address.into(), STEP)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(4 * STEP))?;
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = std::sync::Arc::clone(&stop);
+        let speak = move || {
+            let mut back = BufReader::new(stream.try_clone()?).lines();
+            let mut out = stream;
+            for number in 0.. {
+                if stopped.load(Ordering::Relaxed) {
+                    return Ok(number);
+                }
+                writeln!(out, "line {number}").context("the connection broke while sending")?;
+                let line = back.next().context("the guest ended the connection")?.context("the connection broke")?;
+                ensure!(line == format!("line {number}"), "'{line}' came back for line {number}");
+            }
+            Ok(0)
+        };
+        Ok(Self { stop, thread: std::thread::spawn(speak) })
+    }
+
+    fn finish(self) -> Result<u32> {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the echo's thread panicked"))?
+    }
+}
+
+/// Saves and restores a guest again and again while it writes its disk, watches its clock and holds a TCP connection.
+fn saved_tiny(mut spec: Spec, rounds: u32) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let scratch = dir.path().join("scratch.img");
+    File::create(&scratch)?.set_len(SCRATCH_BYTES)?;
+    spec.more = vec!["--disk".into(), format!("path={},id=scratch", scratch.display())];
+    let mut vm = Vm::start(&spec)?;
+    vm.sh("dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null; nc -ll -p 7000 -e /bin/cat & true")?;
+    vm.sh(&format!("({CLOCK}) & true"))?;
+    // Every megabyte of the disk in turn: written, flushed, read back past the cache, compared.
+    vm.sh(
+        "(n=0; while :; do dd if=/tmp/data of=/dev/vda bs=64k seek=$((n % 60 * 16)) conv=fsync 2>/dev/null || echo write $n >> /tmp/disk.bad; \
+         echo 3 > /proc/sys/vm/drop_caches; \
+         dd if=/dev/vda bs=64k skip=$((n % 60 * 16)) count=16 2>/dev/null | cmp -s - /tmp/data || echo read $n >> /tmp/disk.bad; \
+         n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
+    )?;
+    let echo = Echo::start((vm.tap.guest, 7000))?;
+    for round in 0..rounds {
+        save_round(&mut vm).with_context(|| format!("round {round}"))?;
+    }
+    let lines = echo.finish()?;
+    ensure!(lines > rounds, "only {lines} lines went through the connection in {rounds} rounds");
+    check_saved(&mut vm, &spec)?;
+    vm.stop()
+}
+
+/// One round; the guest's jobs make progress before and after.
+fn save_round(vm: &mut Vm) -> Result<()> {
+    let counts = "cat /tmp/disk.now /tmp/clock.now";
+    let before = vm.sh(counts)?;
+    vm.save_and_restore()?;
+    let deadline = Instant::now() + STEP;
+    loop {
+        let after = vm.sh(counts)?;
+        let moved = before.lines().zip(after.lines()).all(|(before, after)| before != after);
+        if moved && after.lines().count() == 2 {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "a job in the guest stands still: {before:?}, then {after:?}");
+    }
+}
+
+fn check_saved(vm: &mut Vm, spec: &Spec) -> Result<()> {
+    let bad = vm.sh("cat /tmp/clock.bad /tmp/disk.bad 2>/dev/null || true")?;
+    ensure!(bad.is_empty(), "in the guest went wrong:\n{bad}");
+    vm.check_kernel_log()?;
+    if spec.kernel.starts_with("6.12") {
+        let told = vm.sh("dmesg | grep -c 'crng reseeded due to virtual machine fork' || true")?;
+        ensure!(told != "0", "the guest was not told of its new generation");
+    }
+    Ok(())
+}
+
+/// [`saved_tiny`] with systemd, a file system on the disk, and nginx keeping a connection.
+fn saved_debian(spec: &Spec, rounds: u32) -> Result<()> {
+    let _alone = ROOT_IMAGE.lock().unwrap_or_else(|e| e.into_inner());
+    let mut vm = Vm::start(spec)?;
+    vm.sh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain")?;
+    vm.sh(&format!("({CLOCK}) & true"))?;
+    vm.sh("dd if=/dev/urandom of=/root/data bs=64k count=32 status=none")?;
+    vm.sh(
+        "(n=0; while :; do cp /root/data /root/copy; sync /root/copy; echo 3 > /proc/sys/vm/drop_caches; \
+         cmp -s /root/data /root/copy || echo copy $n >> /tmp/disk.bad; n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
+    )?;
+    let mut nginx = KeptConnection::open(vm.tap.guest)?;
+    nginx.get()?;
+    for round in 0..rounds {
+        save_round(&mut vm).with_context(|| format!("round {round}"))?;
+        nginx.get().with_context(|| format!("nginx after round {round}"))?;
+    }
+    check_saved(&mut vm, spec)?;
+    vm.stop()
+}
+
+/// One HTTP/1.1 connection to the guest's nginx.
+struct KeptConnection(std::io::BufReader<std::net::TcpStream>);
+
+impl KeptConnection {
+    fn open(guest: std::net::Ipv4Addr) -> Result<Self> {
+        let stream = std::net::TcpStream::connect_timeout(&(guest, 80).into(), STEP)?;
+        stream.set_read_timeout(Some(STEP))?;
+        Ok(Self(std::io::BufReader::new(stream)))
+    }
+
+    /// Fetches the front page on this connection.
+    fn get(&mut self) -> Result<()> {
+        use std::io::{BufRead, Read, Write};
+        self.0.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: guest\r\n\r\n")?;
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            ensure!(self.0.read_line(&mut line)? > 0, "the connection has ended");
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse()?;
+            }
+            if line == "\r\n" {
+                break;
+            }
+        }
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body)?;
+        ensure!(String::from_utf8_lossy(&body).contains("nginx in a Civic guest"), "nginx served something else");
+        Ok(())
+    }
 }
 
 fn check_processors(vm: &mut Vm, spec: &Spec) -> Result<()> {
