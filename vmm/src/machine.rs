@@ -32,6 +32,7 @@ use civic_devices::virtio::block::{Block, BlockOptions};
 use civic_devices::virtio::console::Console;
 use civic_devices::virtio::net::{FrameLink, Mac, Net, NetError, NetOptions};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
+use civic_devices::virtio::rate::RateLimit;
 use civic_devices::virtio::rng::Rng;
 use civic_devices::virtio::vsock::Vsock;
 use civic_fork::lazy::LazyMemory;
@@ -384,7 +385,11 @@ fn virtio_devices(
 /// A queue for each vCPU, where the user does not say otherwise, but not so many that most would be idle.
 fn block_options(config: &VmConfig, disk: &DiskConfig) -> BlockOptions {
     let queues = disk.queues.unwrap_or(u16::from(config.cpus).min(DEFAULT_DISK_QUEUES));
-    BlockOptions { queues, ..BlockOptions::default() }
+    BlockOptions { queues, rate: disk.rate.as_ref().map(rate) }
+}
+
+fn rate(limit: &civic_api::RateLimit) -> RateLimit {
+    RateLimit { bytes_per_second: limit.bytes_per_second, operations_per_second: limit.operations_per_second }
 }
 
 fn balloon(config: &VmConfig, memory: &Memory) -> Result<Option<Balloon>, BuildError> {
