@@ -1,6 +1,6 @@
 //! One pair of queues: frames between the guest and one entrance of the wire, on a thread of their own.
 //!
-//! Receiving reads straight into receive buffers. How long a frame is shows only afterwards, so buffers are taken for one as
+//! Receiving reads long frames straight into receive buffers. How long a frame is shows only afterwards, so buffers are taken for one as
 //! long as the last ones were, and what does not fit goes to `rest` and is copied from there into more buffers. When the guest
 //! has not given enough, the frame is held until it has: the only one, the others stay in the link's queue, where the host
 //! counts what it drops.
@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use nix::unistd::read;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::Interrupt;
@@ -31,6 +32,10 @@ const TURN: usize = 64;
 /// its way.
 const TELL_FRAMES: usize = 16;
 const TELL_BYTES: usize = 64 << 10;
+
+/// Frames that are expected to be no longer are read into `rest` and copied: so little costs less to copy than a vectored call
+/// does to set up. Measured with `net::tests::bench`: 0.75 against 1.0 µs for 60 bytes, about even for 1500.
+const COPIED: usize = 4096;
 
 /// Tokens of what the thread watches.
 const LINK: u16 = 0;
@@ -236,8 +241,10 @@ impl PairHandler {
         if !self.readable || self.stock_up(ram, stock, 1, true)? != Stocked::Enough {
             return Ok(None);
         }
-        // As many as are there and likely to be needed: too few are no harm.
-        self.stock_up(ram, stock, self.expected, false)?;
+        if self.expected > COPIED {
+            // As many as are there and likely to be needed: too few are no harm.
+            self.stock_up(ram, stock, self.expected, false)?;
+        }
         let expected = self.expected - NET_HEADER;
         if let Some(pace) = &mut self.rx_rate
             && !pace.allows(expected, &self.card.counters.rx_delays)
@@ -344,13 +351,23 @@ impl PairHandler {
     /// Reads a message into `stock` and, from where that ends, `rest`; returns its length and what went into the stock.
     fn read(&mut self, stock: &mut Stock<'_>) -> Option<(usize, usize)> {
         if self.readable && !self.card.is_gone() {
-            match stock.receive(self.link.fd(), &mut self.rest) {
+            let got = loop {
+                let fd = self.link.fd();
+                let got = match self.expected > COPIED {
+                    true => stock.receive(fd, &mut self.rest),
+                    false => read(fd, &mut self.rest).map(|len| (len, 0)).map_err(io::Error::from),
+                };
+                if !got.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::Interrupted) {
+                    break got;
+                }
+            };
+            match got {
                 // The far side was closed.
                 Ok((0, _)) => {
                     self.readable = false;
                     self.card.counters.errors.add(1);
                 }
-                Ok(read) => return Some(read),
+                Ok(got) => return Some(got),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Err(e) => {
                     self.readable = false;
