@@ -56,9 +56,9 @@ struct Bench<'a> {
 /// Measures and reports.
 pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Result<()> {
     let effort = if quick {
-        Effort { rounds: 5, seconds: 2, qcow2_jobs: 2 }
+        Effort { rounds: 5, seconds: 4, qcow2_jobs: 2 }
     } else {
-        Effort { rounds: 15, seconds: 4, qcow2_jobs: JOBS.len() }
+        Effort { rounds: 15, seconds: 8, qcow2_jobs: JOBS.len() }
     };
     let root = std::env::var_os("CIVIC_ROOT_IMAGE").map(PathBuf::from).context("no CIVIC_ROOT_IMAGE")?;
     let images = Images::new(tools)?;

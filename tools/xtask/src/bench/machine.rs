@@ -289,6 +289,9 @@ fn civic_devices(spec: &Spec, c: &mut Command) {
 
 fn qemu_devices(spec: &Spec, c: &mut Command) {
     let bus = if spec.monitor == Monitor::Q35 { "pci" } else { "device" };
+    if spec.monitor != Monitor::Q35 {
+        c.args(["-global", "virtio-mmio.force-legacy=false"]);
+    }
     for (n, disk) in spec.disks.iter().enumerate() {
         let block = fs::metadata(&disk.path).is_ok_and(|m| m.file_type().is_block_device());
         let driver = if block { "host_device" } else { "file" };
@@ -299,12 +302,17 @@ fn qemu_devices(spec: &Spec, c: &mut Command) {
         let cache = "cache.direct=off,cache.no-flush=off";
         let (aio, path) = (disk.aio.word(), disk.path.display());
         let format = if disk.qcow2 { "qcow2" } else { "raw" };
-        c.args(["-object", &format!("iothread,id=io{n}"), "-blockdev"]);
+        // Not for microvm, whose firmware looks at the disk: with an I/O thread it was seen to wait for it for ever.
+        let iothread = if spec.monitor == Monitor::Q35 { format!(",iothread=io{n}") } else { String::new() };
+        if !iothread.is_empty() {
+            c.args(["-object", &format!("iothread,id=io{n}")]);
+        }
+        c.arg("-blockdev");
         c.arg(format!(
             "driver={driver},node-name=f{n},filename={path},aio={aio},{cache},read-only={ro},locking={locking}"
         ));
         c.args(["-blockdev", &format!("driver={format},node-name=d{n},file=f{n},read-only={ro}"), "-device"]);
-        c.arg(format!("virtio-blk-{bus},drive=d{n},iothread=io{n},num-queues=1"));
+        c.arg(format!("virtio-blk-{bus},drive=d{n}{iothread},num-queues=1"));
     }
     for (n, (tap, vhost)) in spec.taps.iter().enumerate() {
         let vhost = if *vhost { "on" } else { "off" };
