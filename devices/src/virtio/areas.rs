@@ -105,26 +105,6 @@ impl<'a> Areas<'a> {
         &self.parts
     }
 
-    /// Writes the areas to `fd` as one message (a frame of a tap); returns what writev(2) took of it.
-    ///
-    /// # Errors
-    /// `InvalidInput` for more parts than one call takes, else what writev(2) says.
-    pub fn send(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let parts = self.iovecs();
-        if parts.len() < self.parts.len() {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        loop {
-            // SAFETY: the iovecs point to guest memory that is mapped and outlives `self`; it is only read. Their count fits
-            // an int.
-            let put = unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr(), parts.len() as libc::c_int) };
-            match usize::try_from(put) {
-                Ok(put) => return Ok(put),
-                Err(_) => retry_interrupted()?,
-            }
-        }
-    }
-
     /// Sends to the stream socket `fd` as much as it takes at once; returns how much that was. A peer that is gone is an
     /// error and no signal.
     ///
@@ -225,15 +205,6 @@ mod tests {
         assert_eq!(ranges(&all), [0x1ff0..0x2000, 0x2000..0x3000, (1 << 40) + 0xfff..(1 << 40) + 0x1000]);
         all.take(0x11);
         assert_eq!(ranges(&all)[0], 0x2001..0x3000);
-    }
-
-    #[test]
-    fn a_message_of_too_many_parts_is_refused() {
-        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-        let file = tempfile::tempfile().unwrap();
-        let many: Vec<_> = (0..2500).map(|i| (i * 2, 1)).collect();
-        assert!(areas(&ram, &many).send(file.as_fd()).is_err());
-        assert_eq!(areas(&ram, &many[..1000]).send(file.as_fd()).unwrap(), 1000);
     }
 
     #[test]
