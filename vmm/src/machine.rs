@@ -366,7 +366,8 @@ fn virtio_devices(
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
         let mac = Mac(effective_mac(config, net).0);
         let links = tap.iter().map(|queue| Arc::clone(queue) as Arc<dyn FrameLink>).collect();
-        let card = Net::new(&net.id, links, NetOptions::new(mac));
+        let (rx_rate, tx_rate) = (net.rx_rate.as_ref().map(rate), net.tx_rate.as_ref().map(rate));
+        let card = Net::new(&net.id, links, NetOptions { mac, mtu: net.mtu, rx_rate, tx_rate });
         let card = card.map_err(|source| BuildError::Net { id: net.id.clone(), source })?;
         devices.push((net.id.clone(), Box::new(card)));
     }

@@ -10,7 +10,6 @@ use crate::{doctor, failure};
 
 /// Checks KVM and memory for `config`.
 pub fn check(config: &VmConfig) -> Result<(), ErrorBody> {
-    not_yet(config)?;
     kvm::open().map_err(|e| {
         let hint = match &e {
             KvmError::Open(e) => failure::kvm_open(e),
@@ -37,28 +36,6 @@ pub fn check(config: &VmConfig) -> Result<(), ErrorBody> {
         return Err(ErrorBody::new(ErrorCode::OutOfMemory, message).with_hint(hint));
     }
     Ok(())
-}
-
-/// Refuses what the configuration can ask for and no device does yet: an option must not look obeyed.
-fn not_yet(config: &VmConfig) -> Result<(), ErrorBody> {
-    let many = |queues: Option<u16>| queues.is_some_and(|queues| queues > 1);
-    let mut asked = config.nets.iter().flat_map(|net| {
-        let asked = [
-            (many(net.queues), "queues"),
-            (net.mtu.is_some(), "mtu"),
-            (net.rx_rate.is_some(), "rx_rate"),
-            (net.tx_rate.is_some(), "tx_rate"),
-        ];
-        asked.map(|(asked, option)| (asked, format!("{option} of network card '{}'", net.id)))
-    });
-    match asked.find(|(asked, _)| *asked) {
-        None => Ok(()),
-        Some((_, option)) => {
-            let error =
-                ErrorBody::new(ErrorCode::InvalidConfig, format!("{option}: this monitor does not have it yet"));
-            Err(error.with_hint("leave the option out"))
-        }
-    }
 }
 
 /// Bytes that a new process could use: what the host has left including swap, or less where a cgroup says so. `root` is `/`, or a
@@ -99,28 +76,6 @@ mod tests {
             fs::write(path, text).unwrap();
         }
         dir
-    }
-
-    #[test]
-    fn what_no_device_does_is_refused() {
-        let json = |devices: &str| format!(r#"{{"name":"a","kernel":"/k","memory_bytes":33554432,"cpus":1{devices}}}"#);
-        let checked = |devices: &str| {
-            let config: VmConfig = serde_json::from_str(&json(devices)).unwrap();
-            config.validate().unwrap();
-            not_yet(&config)
-        };
-        checked(r#","disks":[{"id":"d","path":"/d","queues":1}],"nets":[{"id":"n","tap":"t","queues":1}]"#).unwrap();
-        for (options, told) in [
-            (r#""queues":2"#, "queues of network card 'n'"),
-            (r#""mtu":1500"#, "mtu of network card 'n'"),
-            (r#""rx_rate":{"bytes_per_second":1}"#, "rx_rate of network card 'n'"),
-            (r#""tx_rate":{"bytes_per_second":1}"#, "tx_rate of network card 'n'"),
-        ] {
-            let error = checked(&format!(r#","nets":[{{"id":"n","tap":"t",{options}}}]"#)).unwrap_err();
-            assert!(error.message.starts_with(told), "{error}");
-        }
-        checked(r#","vsock":{"uds":"/v"}"#).unwrap();
-        checked(r#","balloon":{"target_bytes":4096}"#).unwrap();
     }
 
     #[test]

@@ -116,7 +116,7 @@ impl Resources {
         }
         let mut taps = Vec::new();
         for net in &config.nets {
-            let opened = Tap::open(&net.tap, 1).map_err(|source| ResourceError::Tap {
+            let opened = Tap::open(&net.tap, net.queues.unwrap_or(1).into()).map_err(|source| ResourceError::Tap {
                 id: net.id.clone(),
                 tap: net.tap.clone(),
                 source,
