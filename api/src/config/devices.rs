@@ -82,7 +82,7 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 8)]
     pub queues: Option<u16>,
-    /// Largest packet the guest is told to use, in bytes without the Ethernet header. Absent leaves it to the guest.
+    /// Largest packet the guest is told to use, in bytes without the Ethernet header. Absent means what the tap has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 68)]
     pub mtu: Option<u16>,

@@ -228,10 +228,10 @@ pub struct RunArgs {
     /// The VM's name: a-z, 0-9, '.', '_' and '-'.
     #[arg(long, value_parser = name)]
     pub name: String,
-    /// Kernel: a bzImage (a distribution's vmlinuz) or an uncompressed vmlinux.
+    /// Kernel: a bzImage (a distribution's vmlinuz) or an uncompressed vmlinux. With --restore, where it is now.
     #[arg(long, value_name = "FILE", required_unless_present = "restore")]
     pub kernel: Option<PathBuf>,
-    /// Initial RAM disk.
+    /// Initial RAM disk. With --restore, where it is now.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line. By default 'console=ttyS0', and with a disk and no initrd also 'root=/dev/vda rw'.
@@ -326,8 +326,6 @@ impl RunArgs {
     /// The VM saved in `from`. What it was saved with cannot be given anew.
     fn restoration(&self, from: &Path) -> anyhow::Result<RestoreConfig> {
         let saved_with = [
-            ("--kernel", self.kernel.is_some()),
-            ("--initrd", self.initrd.is_some()),
             ("--cmdline", self.cmdline.is_some()),
             ("--memory", self.memory.is_some()),
             ("--cpus", self.cpus.is_some()),
@@ -340,6 +338,8 @@ impl RunArgs {
         let wrong = |flag: &str, error: String| {
             advice::error(format!("{flag}: {error}"), format!("change {flag}; 'civic run --help' says what it takes"))
         };
+        // The guest's next reset boots them.
+        let elsewhere = |path: &Option<PathBuf>, flag| path.as_deref().map(|path| absolute(path, flag)).transpose();
         let disk = |spec: &DiskSpec| {
             let disk = spec.moved().map_err(|error| wrong("--disk", error))?;
             anyhow::Ok(MovedDisk { path: absolute(&disk.path, "--disk")?, ..disk })
@@ -358,8 +358,8 @@ impl RunArgs {
                 .map(|net| net.moved().map_err(|error| wrong("--net", error)))
                 .collect::<anyhow::Result<_>>()?,
             vsock: self.vsock.as_ref().map(vsock).transpose()?,
-            kernel: None,
-            initrd: None,
+            kernel: elsewhere(&self.kernel, "--kernel")?,
+            initrd: elsewhere(&self.initrd, "--initrd")?,
             allow_changed_disks: self.allow_changed_disks,
             overcommit: self.overcommit,
             any_kvm: self.any_kvm,
@@ -494,7 +494,9 @@ mod tests {
         assert_eq!((moved.nets[0].id.as_str(), moved.nets[0].tap.as_str()), ("net0", "t"));
         assert_eq!(moved.vsock, Some(here.join("v")));
         assert!(moved.allow_changed_disks && moved.any_kvm && !moved.overcommit);
-        for option in ["--kernel k", "--initrd i", "--cmdline x", "--memory 1G", "--cpus 1", "--balloon"] {
+        let LaunchRequest::Restore(moved) = request("--kernel k --initrd i").unwrap() else { panic!("not a restore") };
+        assert_eq!((moved.kernel, moved.initrd), (Some(here.join("k")), Some(here.join("i"))));
+        for option in ["--cmdline x", "--memory 1G", "--cpus 1", "--balloon"] {
             let told = advice::told(&request(option).unwrap_err());
             let flag = option.split(' ').next().unwrap();
             assert!(told.starts_with(&format!("civic: {flag}: a restored VM has what it was saved with\n")), "{told}");
