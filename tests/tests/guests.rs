@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use civic_api::VmState;
+use civic_api::{VmInfo, VmState};
 use civic_tests::linux::{
     BOOT, Console, Image, KERNELS, Page, STEP, Spec, Userland, Vm, civic, emulator, from_env, run, sha256,
 };
@@ -59,6 +59,10 @@ fn main() {
     }
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times".into(), hundred).with_ignored_flag(true));
+    for kernel in ["6.1-cloud", "6.12-cloud"] {
+        trials.push(trial(format!("balloon::{kernel}"), move || balloon(kernel)));
+    }
+    trials.push(trial("identity".into(), identity));
     trials.push(trial("memory_above_the_hole".into(), || big_memory("5G", 5)));
     trials.push(trial("memory_of_64_gib".into(), || big_memory("64G", 64)).with_ignored_flag(true));
     trials.push(trial("without_initrd".into(), without_initrd));
@@ -464,6 +468,77 @@ fn big_memory(memory: &'static str, gib: u64) -> Result<()> {
     }
     vm.check_kernel_log()?;
     vm.stop()
+}
+
+/// What the balloon is to hold goes back to the host, what the guest frees too, and nothing that it uses.
+fn balloon(kernel: &'static str) -> Result<()> {
+    const TARGET: u64 = (64 << 20) / 4096;
+    const FREED: u64 = (96 << 20) / 4096;
+    let mut vm = Vm::start(&Spec { kernel, ..tiny("384M", 1, &["--balloon=64M"]) })?;
+    for boots in 1..=2 {
+        wait_for(&vm, "the inflated pages", |count| count("inflated_pages") >= boots * TARGET)?;
+        vm.sh("dd if=/dev/urandom of=/tmp/kept bs=1M count=16; sha256sum /tmp/kept > /tmp/sum")?;
+        vm.sh("dd if=/dev/zero of=/tmp/freed bs=1M count=96")?;
+        // Only now: what the boot left free is being reported all along.
+        let (before, resident) = (vm.info()?, resident(&vm)?);
+        let before = count(&before, "released_pages")?;
+        vm.sh("rm /tmp/freed")?;
+        wait_for(&vm, "the freed memory", |count| count("released_pages") >= before + FREED / 2)?;
+        let less = resident.saturating_sub(self::resident(&vm)?) / 4;
+        ensure!(less >= FREED / 4, "the monitor's memory shrank by {less} pages");
+        vm.sh("cd /tmp && sha256sum -c sum")?;
+        let info = vm.info()?;
+        for none in ["errors", "ignored_pages"] {
+            ensure!(count(&info, none)? == 0, "{none}: {:?}", info.devices);
+        }
+        vm.check_kernel_log()?;
+        if boots == 1 {
+            vm.reboot()?;
+        }
+    }
+    vm.stop()
+}
+
+/// The guest finds the devices that tell it of a disruption, and nothing to complain of in our tables.
+fn identity() -> Result<()> {
+    let mut vm = Vm::start(&tiny("384M", 1, &[]))?;
+    vm.sh("ls -d /sys/bus/platform/drivers/vmgenid/CIVC0001:00 /sys/bus/platform/devices/AMZNC10C:00")?;
+    let complaints = vm.sh("dmesg | grep -E 'ACPI.*(Error|Warning|Exception)' || true")?;
+    ensure!(complaints.is_empty(), "ACPI:\n{complaints}");
+    let page = vm.sh("grep AMZNC10C /proc/iomem")?;
+    ensure!(page.trim() == "000ff000-000fffff : AMZNC10C:00", "the clock page: {page}");
+    for (event, of) in [(2, "generation id"), (3, "clock page")] {
+        let state = vm.sh(&format!("cat /sys/firmware/acpi/interrupts/gpe{event:02X}"))?;
+        ensure!(state.contains(" enabled "), "nobody listens to the event of the {of}: {state}");
+    }
+    vm.stop()
+}
+
+/// A counter of the balloon.
+fn count(info: &VmInfo, name: &str) -> Result<u64> {
+    let balloon = info.devices.iter().find(|device| device.kind == "balloon").context("there is no balloon")?;
+    balloon.counters.get(name).copied().with_context(|| format!("the balloon does not count {name}"))
+}
+
+/// Waits until the balloon's counters are as `enough` wants them.
+fn wait_for(vm: &Vm, what: &str, enough: impl Fn(&dyn Fn(&str) -> u64) -> bool) -> Result<()> {
+    let deadline = Instant::now() + STEP;
+    loop {
+        let info = vm.info()?;
+        if enough(&|name| count(&info, name).unwrap_or(0)) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{what} did not come: {:?}", info.devices);
+        // An emulated host has one processor, which the guest needs too.
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// KiB of guest memory that the monitor holds.
+fn resident(vm: &Vm) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.info()?.pid))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).context("no RssShmem")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// A kernel without an initrd gets as far as looking for its root, panics and reboots: seen by the monitor.
