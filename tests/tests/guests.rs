@@ -53,9 +53,9 @@ fn main() {
         let spec = |userland, memory| Spec { kernel, image, userland, cpus, memory, more: Vec::new() };
         let name = |userland: &str| format!("saved::{userland}::{kernel}::{cpus}cpu");
         let (tiny, debian) = (spec(Userland::Tiny, "256M"), spec(Userland::Debian, "1G"));
-        // By default three of the six, with both kinds of image and both vCPU counts among them.
-        trials.push(trial(name("tiny"), move || saved_tiny(tiny.clone(), 4)).with_ignored_flag(i >= 3));
-        trials.push(trial(name("debian"), move || saved_debian(&debian, 3)).with_ignored_flag(i >= 2));
+        // By default with both kinds of image and both vCPU counts; Debian once.
+        trials.push(trial(name("tiny"), move || saved_tiny(tiny.clone(), 4)).with_ignored_flag(i >= 2));
+        trials.push(trial(name("debian"), move || saved_debian(&debian, 3)).with_ignored_flag(i != 1));
     }
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times".into(), hundred).with_ignored_flag(true));
