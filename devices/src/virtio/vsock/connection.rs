@@ -11,7 +11,8 @@
 //! has more under way. What the guest sends goes straight to the socket, and what that does not take into `backlog`, which
 //! is our buffer. To the guest goes only what it has room for: the rest stays in the socket, and holds the host's program back.
 //!
-//! Sockets are watched edge-triggered: `readable` and `writable` hold until the socket said that it would block.
+//! Sockets are watched edge-triggered: `readable` and `writable` hold until the socket said that it would block. For room they are
+//! watched only then: a program that reads would otherwise wake the device each time it does.
 
 use std::collections::VecDeque;
 use std::io;
@@ -173,6 +174,12 @@ impl Connection {
     /// Whether it goes on without the guest, until the host took the rest.
     pub fn orphaned(&self) -> bool {
         self.stage == Stage::Orphan && !self.backlog.is_empty()
+    }
+
+    /// What is to be watched for at its socket.
+    pub fn interest(&self) -> EventSet {
+        let always = EventSet::IN | EventSet::READ_HANG_UP;
+        if self.writable { always } else { always | EventSet::OUT }
     }
 
     /// How far it has come.

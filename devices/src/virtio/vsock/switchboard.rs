@@ -43,6 +43,9 @@ const LOOKS: usize = 8;
 /// How long the listener rests when the process has no descriptor left.
 const REST: Duration = Duration::from_secs(1);
 
+/// What a stream is watched for at first.
+const STREAM_EVENTS: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP);
+
 /// Ids of what is no connection.
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
@@ -62,6 +65,8 @@ struct Entry {
     ports: Ports,
     /// The stage for which its deadline was set.
     stage: Stage,
+    /// What its socket is watched for.
+    watched: EventSet,
 }
 
 /// See the module's documentation.
@@ -100,8 +105,8 @@ impl Switchboard {
         next_port: Arc<AtomicU32>,
     ) -> io::Result<Self> {
         let (epoll, deadlines) = (Epoll::new()?, Deadlines::new()?);
-        watch(&epoll, listener.as_fd().as_raw_fd(), EventSet::IN, LISTENER)?;
-        watch(&epoll, deadlines.as_raw_fd(), EventSet::IN, TIMER)?;
+        watch(&epoll, ControlOperation::Add, listener.as_fd().as_raw_fd(), EventSet::IN, LISTENER)?;
+        watch(&epoll, ControlOperation::Add, deadlines.as_raw_fd(), EventSet::IN, TIMER)?;
         Ok(Self {
             cid,
             listener,
@@ -265,7 +270,7 @@ impl Switchboard {
 
     fn insert(&mut self, id: u64, ports: Ports, connection: Connection, stage: Stage) {
         self.by_ports.insert(ports, id);
-        self.connections.insert(id, Entry { connection, ports, stage });
+        self.connections.insert(id, Entry { connection, ports, stage, watched: STREAM_EVENTS });
         let deadline = (stage == Stage::Requested).then(|| Instant::now() + self.limits.patience);
         self.deadlines.set(id, deadline);
         self.settle(id);
@@ -311,6 +316,16 @@ impl Switchboard {
             entry.stage = stage;
             let deadline = (stage == Stage::Closing).then(|| Instant::now() + self.limits.patience);
             self.deadlines.set(id, deadline);
+        }
+        let interest = entry.connection.interest();
+        if interest != entry.watched {
+            entry.watched = interest;
+            // It tells at once what is so by now.
+            let fd = entry.connection.as_fd().as_raw_fd();
+            if let Err(e) = watch(&self.epoll, ControlOperation::Modify, fd, interest, id) {
+                self.complain(&format!("cannot watch a connection: {e}"));
+                self.break_off(id);
+            }
         }
     }
 
@@ -467,10 +482,10 @@ impl AsRawFd for Switchboard {
     }
 }
 
-fn watch(epoll: &Epoll, fd: RawFd, events: EventSet, id: u64) -> io::Result<()> {
-    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, id))
+fn watch(epoll: &Epoll, how: ControlOperation, fd: RawFd, events: EventSet, id: u64) -> io::Result<()> {
+    epoll.ctl(how, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, id))
 }
 
 fn watch_stream(epoll: &Epoll, stream: &UnixStream, id: u64) -> io::Result<()> {
-    watch(epoll, stream.as_raw_fd(), EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP, id)
+    watch(epoll, ControlOperation::Add, stream.as_raw_fd(), STREAM_EVENTS, id)
 }
