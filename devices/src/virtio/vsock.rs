@@ -35,7 +35,7 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 pub use self::listener::{VsockError, VsockListener};
-use self::packet::{HEADER, Op};
+use self::packet::{HEADER, Header};
 use self::switchboard::{FIRST_PORT, Outgoing, Switchboard};
 use super::areas::Areas;
 use super::ring::{Chain, RING_FEATURES, Ring};
@@ -329,6 +329,7 @@ impl VsockHandler {
             Some(Outgoing::Packet(header)) => {
                 first.writable.copy_from(&header.bytes());
                 self.receive.used(first.head, HEADER as u32)?;
+                self.board.delivered(1);
                 return Ok(1);
             }
             Some(Outgoing::Data { id, max }) => (id, max),
@@ -344,22 +345,20 @@ impl VsockHandler {
             room.append(data);
             next = if room.len() < max { self.buffer(ram)? } else { None };
         }
-        let mut left = self.board.read(id, room);
+        let (packet, mut left) = self.board.read(id, &room);
         let mut filled = 0;
         for (head, header, size) in &buffers {
             let len = left.min(*size) as u32;
             if len == 0 {
                 break;
             }
-            let Some(packet) = self.board.header(id, Op::Data, len) else { break };
-            header.copy_from(&packet.bytes());
+            header.copy_from(&Header { len, ..packet }.bytes());
             self.receive.used(*head, HEADER as u32 + len)?;
             left -= len as usize;
             filled += 1;
         }
+        self.board.delivered(filled);
         self.receive.put_back((buffers.len() - filled) as u16);
-        // The guest can begin with these while the next are read.
-        self.receive.notify()?;
         Ok(buffers.len())
     }
 }

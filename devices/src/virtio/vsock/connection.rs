@@ -108,7 +108,7 @@ pub struct Connection {
     /// REQUEST or RESPONSE, until it was said.
     opening: Option<Op>,
     outward: Outward,
-    /// From the guest, for the host.
+    /// From the guest, for the host. It keeps its memory, at most [`BUF_ALLOC`] rounded up: who needed it needs it again.
     backlog: VecDeque<u8>,
     /// Bytes of the guest's passed on so far.
     forwarded: u32,
@@ -232,11 +232,19 @@ impl Connection {
         if self.host_deaf {
             self.forwarded = self.forwarded.wrapping_add(data.len() as u32);
         } else if !data.is_empty() {
-            let mut rest = vec![0; data.len()];
-            data.copy_to(&mut rest);
-            self.backlog.extend(rest);
+            self.keep(data);
         }
         Outcome::Lives
+    }
+
+    /// Puts `data` at the backlog's end.
+    fn keep(&mut self, mut data: Areas<'_>) {
+        let start = self.backlog.len();
+        self.backlog.resize(start + data.len(), 0);
+        let (front, back) = self.backlog.as_mut_slices();
+        let (end, behind) = (start.min(front.len()), start.saturating_sub(front.len()));
+        data.take(front.len() - end).copy_to(&mut front[end..]);
+        data.copy_to(&mut back[behind..]);
     }
 
     /// Counts what the socket took, or takes note of why it did not.
@@ -272,14 +280,10 @@ impl Connection {
                 self.backlog.drain(..len);
             }
         }
-        if self.backlog.is_empty() {
-            // Its memory too: there may be many connections, most of them without need.
-            self.backlog = VecDeque::new();
-            if self.guest_ended && !self.end_passed_on {
-                self.end_passed_on = true;
-                // It fails where nobody is left to see it.
-                let _ = shutdown(self.stream.as_raw_fd(), Shutdown::Write);
-            }
+        if self.backlog.is_empty() && self.guest_ended && !self.end_passed_on {
+            self.end_passed_on = true;
+            // It fails where nobody is left to see it.
+            let _ = shutdown(self.stream.as_raw_fd(), Shutdown::Write);
         }
     }
 
@@ -361,7 +365,7 @@ impl Connection {
     }
 
     /// Reads data for the guest into `room`, of which there is no more than was due; returns how many bytes came.
-    pub fn read(&mut self, room: Areas<'_>) -> usize {
+    pub fn read(&mut self, room: &Areas<'_>) -> usize {
         match room.receive_stream(self.stream.as_fd()) {
             Ok((0, _)) => self.host_ended = true,
             Ok((len, full)) => {

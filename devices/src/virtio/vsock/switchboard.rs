@@ -69,6 +69,15 @@ struct Entry {
     watched: EventSet,
 }
 
+impl Entry {
+    /// The header of a packet without data saying `op`, as of now.
+    fn header(&mut self, cid: u64, op: Op) -> Header {
+        let mut header = Header::to_guest(cid, self.ports, op);
+        self.connection.stamp(&mut header);
+        header
+    }
+}
+
 /// See the module's documentation.
 pub struct Switchboard {
     cid: u64,
@@ -434,7 +443,6 @@ impl Switchboard {
     /// What goes to the guest next. Connections take turns.
     pub fn next(&mut self) -> Option<Outgoing> {
         if let Some(header) = self.resets.pop_front() {
-            self.counters.rx_packets.add(1);
             return Some(Outgoing::Packet(header));
         }
         let id = self.waiting.range(self.last + 1..).chain(&self.waiting).next().copied()?;
@@ -442,30 +450,29 @@ impl Switchboard {
         match self.connections.get(&id)?.connection.due()? {
             Due::Data(max) => Some(Outgoing::Data { id, max }),
             Due::Say(op, flags) => {
-                let header = Header { flags, ..self.header(id, op, 0)? };
-                self.connections.get_mut(&id)?.connection.said(op, flags);
+                let entry = self.connections.get_mut(&id)?;
+                let header = Header { flags, ..entry.header(self.cid, op) };
+                entry.connection.said(op, flags);
                 self.settle(id);
                 Some(Outgoing::Packet(header))
             }
         }
     }
 
-    /// Reads data of connection `id` into `room`; returns how many bytes came.
-    pub fn read(&mut self, id: u64, room: Areas<'_>) -> usize {
-        let Some(entry) = self.connections.get_mut(&id) else { return 0 };
+    /// Reads data of connection `id` into `room`; returns how many bytes came, and the header for packets of them, but for their
+    /// lengths.
+    pub fn read(&mut self, id: u64, room: &Areas<'_>) -> (Header, usize) {
+        let Some(entry) = self.connections.get_mut(&id) else { return (Header::default(), 0) };
         let len = entry.connection.read(room);
+        let header = if len > 0 { entry.header(self.cid, Op::Data) } else { Header::default() };
         self.counters.rx_bytes.add(len as u64);
         self.settle(id);
-        len
+        (header, len)
     }
 
-    /// The header of a packet of connection `id` with `len` bytes of data, as of now.
-    pub fn header(&mut self, id: u64, op: Op, len: u32) -> Option<Header> {
-        let entry = self.connections.get_mut(&id)?;
-        let mut header = Header { len, ..Header::to_guest(self.cid, entry.ports, op) };
-        entry.connection.stamp(&mut header);
-        self.counters.rx_packets.add(1);
-        Some(header)
+    /// Counts packets that went to the guest.
+    pub fn delivered(&self, packets: usize) {
+        self.counters.rx_packets.add(packets as u64);
     }
 
     fn complain(&self, what: &str) {
