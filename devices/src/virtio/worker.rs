@@ -43,8 +43,9 @@ pub trait Handler: Send + 'static {
     fn ready(&mut self, _token: u16) -> Result<(), Fault> {
         Ok(())
     }
-    /// Completes what is in flight; called before a pause takes effect and before the thread ends. What was taken from a ring but
-    /// not begun is put back.
+    /// Completes what is in flight, and leaves what the device is saved with where that is found; called before a pause takes
+    /// effect, that with which a restored device begins too, and before the thread ends. What was taken from a ring but not begun
+    /// is put back.
     fn drain(&mut self) {}
     /// The rings it serves: after [`Handler::drain`], where they stand is all there is to know of them.
     fn rings(&self) -> Vec<&Ring>;
@@ -73,7 +74,12 @@ impl Worker {
     ///
     /// # Errors
     /// When the epoll set, the eventfd or the thread cannot be made.
-    pub fn spawn<H: Handler>(name: &str, kicks: Vec<EventFd>, handler: H, activation: &Activation) -> io::Result<Self> {
+    pub fn spawn<H: Handler>(
+        name: &str,
+        kicks: Vec<EventFd>,
+        mut handler: H,
+        activation: &Activation,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let watch = |fd: RawFd, events, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token));
@@ -86,7 +92,11 @@ impl Worker {
             watch(fd, events, SOURCE | u64::from(token))?;
         }
         let (commands, inbox) = sync_channel(4);
-        let parked = activation.paused.then(|| positions(&handler));
+        // Before the first resume it may be saved again.
+        let parked = activation.paused.then(|| {
+            handler.drain();
+            positions(&handler)
+        });
         let thread = Loop {
             name: name.to_owned(),
             epoll,
@@ -343,6 +353,7 @@ mod tests {
     #[test]
     fn a_worker_that_starts_paused_serves_nothing_until_it_may() {
         let (mut worker, kick, log, _) = start_as(false, true);
+        assert_eq!(log.try_recv(), Ok("drain"));
         kick.write(1).unwrap();
         worker.pause();
         assert!(log.try_recv().is_err());
@@ -351,7 +362,7 @@ mod tests {
         drop(worker);
         let (worker, _kick, log, _) = start_as(false, true);
         drop(worker);
-        assert_eq!((log.recv(), log.recv().is_err()), (Ok("drain"), true));
+        assert_eq!(log.iter().collect::<Vec<_>>(), ["drain", "drain"]);
     }
 
     #[test]
