@@ -1,0 +1,4 @@
+//! See [`civic_fuzz::api`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(init: civic_fuzz::prepare(&civic_fuzz::CONFIG), |bytes: &[u8]| (civic_fuzz::CONFIG.run)(bytes));
