@@ -4,6 +4,7 @@ mod assets;
 mod bench;
 mod debian;
 mod demo;
+mod fuzz;
 mod place;
 mod setup;
 mod test;
@@ -35,6 +36,8 @@ enum Cmd {
     Test(test::Args),
     /// Check the promises that are figures, side by side with QEMU.
     Bench(bench::Args),
+    /// Feed the monitor's parts what a guest, a file or a client might, and look for what breaks them.
+    Fuzz(fuzz::Args),
     /// Boot Debian with nginx in civic and fetch a page from it.
     Demo {
         /// In the testbed, even if this machine could.
@@ -75,6 +78,7 @@ fn run() -> Result<ExitCode> {
         Cmd::Setup => setup::all().map(|()| true)?,
         Cmd::Test(args) => test::run(&args)?,
         Cmd::Bench(args) => bench::run(&args)?,
+        Cmd::Fuzz(args) => fuzz::run(&args)?,
         Cmd::Demo { testbed } => demo::run(testbed)?,
         Cmd::Exec { testbed, program, args } => {
             setup::all()?;

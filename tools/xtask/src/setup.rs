@@ -7,7 +7,7 @@ use crate::place::Place;
 use crate::{assets, debian};
 
 /// What the project needs of the system, besides Rust.
-const PACKAGES: [&str; 16] = [
+const PACKAGES: [&str; 17] = [
     "mmdebstrap",
     "fakeroot",
     "cpio",
@@ -19,6 +19,7 @@ const PACKAGES: [&str; 16] = [
     "qemu-utils",
     "pkg-config",
     "libclang-dev",
+    "g++",
     "bzip2",
     "util-linux",
     "ca-certificates",

@@ -7,16 +7,19 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 
 use crate::place::{Job, Place};
-use crate::setup;
+use crate::{fuzz, setup};
 
 /// Seconds an integration test target may take; the testbed is slow.
 const TIMEOUT: u64 = 3600;
 const TIMEOUT_LONG: u64 = 4 * 3600;
 
+/// Seconds for each fuzz target: enough for what is broken outright. More is for `cargo xtask fuzz`.
+const FUZZ_SECONDS: u64 = 10;
+
 /// What to test, and where.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Run only tests whose names contain this, and no format or lint checks unless --only names them.
+    /// Run only tests whose names contain this, and no format or lint checks and no fuzzing unless --only names them.
     filter: Option<String>,
     /// Run only these parts.
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -42,6 +45,8 @@ enum Part {
     Lints,
     /// What needs neither KVM nor root.
     Unit,
+    /// Fuzz targets, each for a short while.
+    Fuzz,
     /// Bare-metal guest code.
     Bare,
     /// Stock kernels.
@@ -50,7 +55,8 @@ enum Part {
 
 impl Args {
     fn wants(&self, part: Part) -> bool {
-        if self.only.is_empty() { part != Part::Lints || self.filter.is_none() } else { self.only.contains(&part) }
+        let of_filtered_tests = !matches!(part, Part::Lints | Part::Fuzz);
+        if self.only.is_empty() { of_filtered_tests || self.filter.is_none() } else { self.only.contains(&part) }
     }
 }
 
@@ -92,6 +98,9 @@ pub fn run(args: &Args) -> Result<bool> {
         });
         let own = ["test", "--quiet", "-p", "civic-tests", "--lib", "--test", "arrows", "--"];
         step("crate arrows and test harness", &mut || cargo(&own, &tests));
+    }
+    if args.wants(Part::Fuzz) {
+        step("fuzz targets", &mut || fuzz::all(FUZZ_SECONDS));
     }
     let targets = [
         ("bare", Part::Bare, choose(args, Place::for_bare)),
