@@ -14,6 +14,7 @@ use civic_vmm::saved::SavedVm;
 use civic_vmm::supervisor::Supervisor;
 use civic_vmm::{doctor, log, preflight, server};
 use clap::{Args, Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use tracing::{error, info, warn};
 
@@ -111,6 +112,7 @@ fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
     config.validate()?;
     let invalid = |message: &str| ErrorBody::new(ErrorCode::InvalidRequest, message);
     let dir = args.dir.as_deref().ok_or_else(|| invalid("--dir is missing"))?;
+    raise_descriptor_limit();
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
     let directory = Directory::take(dir)?;
     match build(config, saved, &directory, signals) {
@@ -219,6 +221,16 @@ fn read_request(args: &RunArgs) -> Result<LaunchRequest, ErrorBody> {
         return Err(ErrorBody::new(ErrorCode::TooLarge, format!("the configuration has more than {MAX_CONFIG} bytes")));
     }
     LaunchRequest::from_json(&text).map_err(|e| invalid(format!("the configuration is wrong: {e}")))
+}
+
+/// Lets this process have as many descriptors as it may: each connection of a vsock is one, and the usual soft limit is for programs
+/// that use select(2).
+fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        warn!("cannot raise the limit of open files: {e}");
+    }
 }
 
 /// Blocks the signals that end the VM, in this thread and all that it will start.
