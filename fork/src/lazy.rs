@@ -164,6 +164,23 @@ impl LazyMemory {
         let Shared { faults, chunks, bytes_left, .. } = &*self.shared;
         Counters { faults: get(faults), chunks: get(chunks), bytes_left: get(bytes_left) }
     }
+
+    /// For those who only need to know whether it is over.
+    pub fn progress(&self) -> Progress {
+        Progress(Arc::clone(&self.shared))
+    }
+}
+
+/// A view of a [`LazyMemory`] that does not keep it.
+#[derive(Clone)]
+pub struct Progress(Arc<Shared>);
+
+impl Progress {
+    /// Whether every chunk is there: a hole punched from now on stays one, and reads as zero.
+    pub fn done(&self) -> bool {
+        // Acquire: what the loader put, it put before.
+        self.0.bytes_left.load(Ordering::Acquire) == 0
+    }
 }
 
 impl Drop for LazyMemory {
@@ -248,7 +265,7 @@ impl Loader {
         }
         self.loaded[position] = true;
         self.shared.chunks.fetch_add(1, Ordering::Relaxed);
-        self.shared.bytes_left.fetch_sub(self.buffer.len() as u64, Ordering::Relaxed);
+        self.shared.bytes_left.fetch_sub(self.buffer.len() as u64, Ordering::Release);
         Ok(())
     }
 }

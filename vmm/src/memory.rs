@@ -6,10 +6,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use civic_devices::virtio::GuestRam;
 use civic_devices::virtio::balloon::PageRelease;
+use civic_fork::lazy::Progress;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
@@ -50,6 +51,8 @@ pub struct Memory {
     pub memfd: Arc<File>,
     /// Mapped, by guest-physical address.
     pub ram: GuestRam,
+    /// Set when it is being loaded while the machine runs.
+    loading: Arc<OnceLock<Progress>>,
 }
 
 impl Memory {
@@ -74,22 +77,35 @@ impl Memory {
             mapped.push(region);
         }
         let ram = GuestMemoryMmap::from_regions(mapped).map_err(|e| map(e.into()))?;
-        Ok(Self { memfd, ram: Arc::new(ram) })
+        Ok(Self { memfd, ram: Arc::new(ram), loading: Arc::default() })
     }
 
     /// The way by which the guest's balloon gives pages back to the host.
     pub fn page_release(&self) -> Arc<dyn PageRelease> {
-        Arc::new(HolePuncher(Arc::clone(&self.ram)))
+        Arc::new(HolePuncher { ram: Arc::clone(&self.ram), loading: Arc::clone(&self.loading) })
+    }
+
+    /// Says that the memory is being loaded while the machine runs. Until it is all there no hole is punched: the loader would
+    /// fill it with what the image has, which is older than what the guest gave up.
+    pub fn set_loading(&self, progress: Progress) {
+        // A machine's memory is loaded once.
+        let _ = self.loading.set(progress);
     }
 }
 
 /// Punches the guest's pages out of the memfd, and with it out of every shared mapping: KVM's too.
-struct HolePuncher(GuestRam);
+struct HolePuncher {
+    ram: GuestRam,
+    loading: Arc<OnceLock<Progress>>,
+}
 
 impl PageRelease for HolePuncher {
-    fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
+    fn release(&self, gpa: u64, len: u64) -> io::Result<bool> {
+        if self.loading.get().is_some_and(|loading| !loading.done()) {
+            return Ok(false);
+        }
         let (region, MemoryRegionAddress(at)) =
-            self.0.to_region_addr(GuestAddress(gpa)).ok_or(io::ErrorKind::InvalidInput)?;
+            self.ram.to_region_addr(GuestAddress(gpa)).ok_or(io::ErrorKind::InvalidInput)?;
         let file = region.file_offset().ok_or(io::ErrorKind::Unsupported)?;
         let inside = at.checked_add(len).is_some_and(|end| end <= region.len());
         let offset = i64::try_from(file.start() + at).ok();
@@ -97,7 +113,8 @@ impl PageRelease for HolePuncher {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(file.file(), mode, offset, len)?)
+        fallocate(file.file(), mode, offset, len)?;
+        Ok(true)
     }
 }
 
@@ -142,8 +159,8 @@ mod tests {
         }
         let blocks = || memory.memfd.metadata().unwrap().blocks() * 512 / PAGE;
         assert_eq!(blocks(), 7);
-        release.release(PAGE, PAGE).unwrap();
-        release.release(high, 2 * PAGE).unwrap();
+        assert!(release.release(PAGE, PAGE).unwrap());
+        assert!(release.release(high, 2 * PAGE).unwrap());
         assert_eq!(blocks(), 4);
         assert_eq!(memory.memfd.metadata().unwrap().len(), (3 << 30) + (16 << 20));
         let kept: Vec<u64> =

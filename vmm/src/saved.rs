@@ -273,7 +273,11 @@ impl SavedMemory {
     ) -> Result<Option<LazyMemory>, SavedError> {
         let Self(image) = self;
         match Userfault::open(FEATURES) {
-            Ok(userfault) => Ok(Some(LazyMemory::start(userfault, Arc::clone(&memory.ram), image, failed)?)),
+            Ok(userfault) => {
+                let lazy = LazyMemory::start(userfault, Arc::clone(&memory.ram), image, failed)?;
+                memory.set_loading(lazy.progress());
+                Ok(Some(lazy))
+            }
             Err(e) => {
                 let bytes = image.data();
                 info!(

@@ -79,11 +79,12 @@ const TURN_PAGES: u64 = 1 << 16;
 /// Takes pages that the guest has no use for.
 pub trait PageRelease: Send + Sync {
     /// Gives up the contents of `len` bytes at the guest-physical address `gpa`: whole pages of one region of RAM. Whoever
-    /// reads them afterwards finds zeroes, or what was there.
+    /// reads them afterwards finds zeroes, or what was there; never anything older. False where they are to stay, which is no
+    /// error.
     ///
     /// # Errors
     /// When nothing could be given up. The pages are then the guest's as before.
-    fn release(&self, gpa: u64, len: u64) -> io::Result<()>;
+    fn release(&self, gpa: u64, len: u64) -> io::Result<bool>;
 }
 
 /// A virtio memory balloon.
@@ -418,7 +419,8 @@ impl Desk {
                 outside -= count;
                 pages += count;
                 match self.release.release(part.start, part.end - part.start) {
-                    Ok(()) => counters.released.add(count),
+                    Ok(true) => counters.released.add(count),
+                    Ok(false) => counters.ignored.add(count),
                     Err(error) => {
                         counters.errors.add(1);
                         if self.complained.first() {

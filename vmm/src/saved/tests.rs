@@ -52,6 +52,34 @@ fn a_saved_vm_comes_back_with_its_memory() {
     assert_eq!(&text, b"hello");
 }
 
+/// Else the loader would put back what the guest has long overwritten.
+#[test]
+fn no_hole_is_punched_into_memory_that_is_not_all_there() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, damage) in [("damaged", true), ("good", false)] {
+        let dir = dir.path().join(name);
+        save(&dir, b"hello");
+        let (_, image) = SavedVm::open(&dir).unwrap().into_parts();
+        if damage {
+            let file = OpenOptions::new().write(true).open(dir.join(civic_fork::image::MEMORY)).unwrap();
+            file.write_all_at(b"H", 1 << 20).unwrap();
+        }
+        let memory = memory();
+        let release = memory.page_release();
+        let lazy = match image.fill(&memory, |_| ()) {
+            Ok(Some(lazy)) => lazy,
+            Ok(None) | Err(_) => {
+                return eprintln!("SKIPPED: there is no userfaultfd, so all is loaded before the VM starts");
+            }
+        };
+        assert_eq!(lazy.finish().is_err(), damage);
+        assert_eq!(release.release(1 << 20, 4096).unwrap(), !damage);
+        let mut text = [0; 5];
+        memory.memfd.read_exact_at(&mut text, 1 << 20).unwrap();
+        assert_eq!(text, [0; 5]);
+    }
+}
+
 #[test]
 fn what_is_not_whole_is_refused() {
     let root = tempfile::tempdir().unwrap();

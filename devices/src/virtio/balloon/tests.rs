@@ -10,6 +10,7 @@ const UNPOISONED: u64 = ALL & !F_PAGE_POISON;
 struct Released {
     runs: Mutex<Vec<(u64, u64)>>,
     refuse: AtomicBool,
+    keep: AtomicBool,
 }
 
 impl Released {
@@ -19,13 +20,16 @@ impl Released {
 }
 
 impl PageRelease for Released {
-    fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
+    fn release(&self, gpa: u64, len: u64) -> io::Result<bool> {
+        if self.keep.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
         if self.refuse.load(Ordering::SeqCst) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         self.runs.lock().unwrap().push((gpa / PAGE, len / PAGE));
         assert_eq!((gpa % PAGE, len % PAGE), (0, 0));
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -227,6 +231,10 @@ fn a_host_that_cannot_release_is_no_reason_to_stop() {
     bench.released.refuse.store(false, Ordering::SeqCst);
     bench.list(INFLATE, &[1, 3]);
     assert_eq!(bench.count("released_pages"), 2);
+    // One that does not want to just now.
+    bench.released.keep.store(true, Ordering::SeqCst);
+    bench.list(INFLATE, &[5, 6]);
+    assert_eq!((bench.count("errors"), bench.count("released_pages"), bench.count("ignored_pages")), (2, 2, 2));
 }
 
 #[test]
