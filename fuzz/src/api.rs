@@ -15,7 +15,7 @@ use civic_devices::console_hub::ConsoleHub;
 use civic_vmm::control::{Answer, Command, Control, Request, View};
 use civic_vmm::server::{ServerHandle, openapi, spawn};
 
-use crate::host::hub;
+use crate::host::{hub, scratch};
 
 /// Longer than the server lets a client be slow.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -110,8 +110,7 @@ fn check(mut said: &[u8]) {
 fn server() -> &'static PathBuf {
     static SERVER: OnceLock<(PathBuf, ServerHandle)> = OnceLock::new();
     let start = || {
-        let path = std::env::temp_dir().join(format!("civic-fuzz-api-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
+        let path = scratch("api");
         let listener = UnixListener::bind(&path).expect("a new socket can be bound");
         let machine = Arc::new(Machine(Mutex::new(VmState::Created)));
         let supervisor = Arc::clone(&machine);

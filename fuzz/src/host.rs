@@ -1,7 +1,9 @@
 //! The hypervisor's side of devices, for targets: interrupts and doorbells that only remember.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -9,6 +11,16 @@ use civic_devices::console_hub::ConsoleHub;
 use civic_devices::irq::{IrqLine, MsiAllocator, MsiMessage, MsiSource};
 use civic_devices::pci::Doorbells;
 use vmm_sys_util::eventfd::EventFd;
+
+/// A new path for files that a target makes, in memory where there is such a place. The same each time in one process.
+pub fn scratch(name: &str) -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let dir = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    let path = dir.join(format!("civic-fuzz-{name}-{}", std::process::id()));
+    let _ = fs::remove_file(&path);
+    let _ = fs::remove_dir_all(&path);
+    path
+}
 
 /// A console port with nobody at it.
 pub fn hub() -> Arc<ConsoleHub> {

@@ -8,14 +8,15 @@ use std::sync::OnceLock;
 use civic_fork::image::{CHUNK, INDEX, Image, MEMORY, save};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::host::scratch;
+
 /// RAM of the images: three chunks and a page.
 const RAM: u64 = 3 * CHUNK + 4096;
 
 fn dir() -> &'static PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        let dir = std::env::temp_dir().join(format!("civic-fuzz-image-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
+        let dir = scratch("image");
         fs::create_dir(&dir).expect("a new folder can be made");
         let memory = fs::File::create(dir.join(MEMORY)).expect("a file can be made");
         memory.set_len(RAM).expect("the host has room");
@@ -64,8 +65,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         for &at in at {
             ram.write_all_at(&[1], at).expect("the host has memory");
         }
-        let dir = std::env::temp_dir().join(format!("civic-fuzz-seed-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
+        let dir = scratch("seed");
         fs::create_dir(&dir).expect("a new folder can be made");
         save(&ram, &dir, &mut |_| ControlFlow::Continue(())).expect("memory can be saved");
         let mut index = fs::read(dir.join(INDEX)).expect("it was just written");

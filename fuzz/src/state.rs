@@ -17,7 +17,7 @@ use civic_vmm::saved::{DiskStamp, STATE, SavedVm, VmStateV1};
 use civic_vmm::state::{Section, Sections};
 use kvm_bindings::kvm_cpuid_entry2;
 
-use crate::host::{Wire, hub};
+use crate::host::{Wire, hub, scratch};
 use crate::virtio;
 
 /// What stands before the sections: magic, format, reserved, their length and checksum.
@@ -47,8 +47,7 @@ fn headed(body: &[u8]) -> Vec<u8> {
 fn dir() -> &'static PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        let dir = std::env::temp_dir().join(format!("civic-fuzz-state-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
+        let dir = scratch("state");
         fs::create_dir(&dir).expect("a new folder can be made");
         dir
     })

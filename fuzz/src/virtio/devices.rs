@@ -22,7 +22,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use crate::host::hub;
+use crate::host::{hub, scratch};
 
 /// How many sorts there are.
 pub const KINDS: u8 = 7;
@@ -133,11 +133,9 @@ fn served(path: &std::path::Path) -> PathBuf {
 }
 
 fn vsock() -> Far {
-    // The main thread's is always the same, so that a fuzzer that is killed leaves one at most.
-    let path = std::env::temp_dir().join(format!("civic-fuzz-{}", std::process::id()));
-    for left in [&path, &served(&path)] {
-        let _ = std::fs::remove_file(left);
-    }
+    // A fuzzer that is killed leaves one of each at most.
+    let path = scratch("vsock");
+    let _ = std::fs::remove_file(served(&path));
     let listener = Arc::new(VsockListener::bind(&path).expect("a new socket can be bound"));
     let server = UnixListener::bind(served(&path)).expect("a new socket can be bound");
     server.set_nonblocking(true).expect("a socket can be");
@@ -156,10 +154,11 @@ pub fn packet(op: u16, from: u32, to: u32) -> Vec<u8> {
 struct Pages(GuestRam);
 
 impl PageRelease for Pages {
-    fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
+    fn release(&self, gpa: u64, len: u64) -> io::Result<bool> {
         assert!(gpa.is_multiple_of(PAGE) && len.is_multiple_of(PAGE), "{gpa:#x}+{len:#x} are not whole pages");
         assert!(self.0.check_range(GuestAddress(gpa), len as usize), "{gpa:#x}+{len:#x} are not RAM");
-        Ok(())
+        // Some are kept.
+        Ok((gpa / PAGE).is_multiple_of(2))
     }
 }
 
