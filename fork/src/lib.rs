@@ -1,7 +1,8 @@
-//! Saving a VM's memory and loading it back while the VM runs; later: forking a running VM's memory and disks.
+//! Saving a VM's memory and loading it back while the VM runs; freezing its disks for its children; later: forking its memory.
 //!
 //! Nothing here knows devices or what a guest kernel looks like.
 
+pub mod disk;
 pub mod image;
 pub mod lazy;
 pub mod ram;
