@@ -7,7 +7,7 @@ use crate::place::Place;
 use crate::{assets, debian};
 
 /// What the project needs of the system, besides Rust.
-const PACKAGES: [&str; 17] = [
+const PACKAGES: [&str; 18] = [
     "mmdebstrap",
     "fakeroot",
     "cpio",
@@ -17,6 +17,7 @@ const PACKAGES: [&str; 17] = [
     "curl",
     "iperf3",
     "qemu-utils",
+    "btrfs-progs",
     "pkg-config",
     "libclang-dev",
     "g++",
