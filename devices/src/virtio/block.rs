@@ -7,20 +7,26 @@
 //! Durability (§5.2.6.2): a driver that negotiated FLUSH decides when data must be on the disk, unless it switched the cache to
 //! write-through; for one that did not, every write is on the disk before it is answered. A flush covers what was answered
 //! before it was asked for.
+//!
+//! For a fork someone can be told before a disk's bytes change ([`Disk::watch`]), read an image's disk out of files that stand still
+//! ([`open_frozen`]), and provide a disk's bytes ([`Disk::plugged`]).
 
 mod counters;
 mod disk;
 mod engine;
 mod flight;
+mod frozen;
 mod helpers;
 mod image;
 mod image_file;
 mod job;
+mod plugged;
 mod queue;
 mod request;
 #[cfg(test)]
 mod tests;
 mod uring;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
@@ -32,6 +38,9 @@ use virtio_bindings::virtio_blk::{
 };
 
 pub use disk::{Disk, DiskError, DiskFormat, DiskOptions, SECTOR};
+pub use frozen::open_frozen;
+pub use plugged::{ReadDisk, WriteDisk};
+pub use watch::BeforeWrite;
 
 use self::counters::BlockCounters;
 use self::engine::Engine;
@@ -205,7 +214,7 @@ impl VirtioDevice for Block {
             let (ring, kick) = Ring::take(&mut activation, index)?;
             let name = if index == 0 { self.name.clone() } else { format!("{}.{index}", self.name) };
             let mut engine = (self.engine)(QUEUE_SIZE);
-            if self.disk.image().is_some() {
+            if self.disk.needs_helpers() {
                 engine.help(&name).map_err(ActivateError::Worker)?;
             }
             let limiter = self.rate.as_ref().map(SharedRate::limiter).transpose().map_err(ActivateError::Worker)?;

@@ -132,6 +132,18 @@ impl HeldAreas {
         }
     }
 
+    /// Fills `bytes` from the start, as far as there is something.
+    pub fn copy_to(&self, mut bytes: &mut [u8]) {
+        for part in &self.parts[self.first..] {
+            let count = part.iov_len.min(bytes.len());
+            let (here, rest) = bytes.split_at_mut(count);
+            // SAFETY: the part is mapped guest memory, kept so by `_ram`, or static zeroes; it is only read, by volatile access.
+            let source = unsafe { VolatileSlice::new(part.iov_base.cast(), count) };
+            source.copy_to(here);
+            bytes = rest;
+        }
+    }
+
     /// Fills them with zeroes.
     pub fn clear(&self) {
         let mut rest = Self { parts: self.parts.clone(), constant: self.constant, ..Self::default() };

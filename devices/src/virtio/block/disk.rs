@@ -1,4 +1,4 @@
-//! The host's side of a disk: an opened and locked image file or block device.
+//! The host's side of a disk: an opened and locked image file or block device, or bytes that are elsewhere.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -12,6 +12,8 @@ use tracing::warn;
 
 use super::image::{Image, Lease};
 use super::job::Target;
+use super::plugged::{Plugged, WriteDisk};
+use super::watch::{BeforeWrite, HostFile};
 
 /// A sector in bytes: the unit of a disk's size and of requests.
 pub const SECTOR: u64 = 512;
@@ -105,7 +107,7 @@ pub struct DiskOptions {
     pub backing: bool,
 }
 
-/// An open disk. Locked as long as it lives: writable ones exclusively, read-only ones against writers. So are the files that
+/// An open disk. If in a file, locked as long as it lives: writable ones exclusively, read-only ones against writers. So are the files that
 /// it builds upon, against writers.
 ///
 /// The lock is an open-file-description lock on the whole file (fcntl(2)): it follows the descriptor to whoever gets it
@@ -119,8 +121,9 @@ pub struct Disk {
 
 #[derive(Debug)]
 enum Backend {
-    Raw(Arc<File>),
+    Raw(Arc<HostFile>),
     Image(Arc<Image>),
+    Plugged(Arc<Plugged>),
 }
 
 /// Where a range of a disk is.
@@ -151,7 +154,7 @@ impl Disk {
         let DiskOptions { read_only, format, backing } = options;
         let file = open_file(path, read_only)?;
         // The end is the size of block devices too, whose metadata says zero. Nothing else uses the file's position.
-        let end = (&*file).seek(SeekFrom::End(0)).map_err(|source| DiskError::Io { path: path.to_owned(), source })?;
+        let end = (&**file).seek(SeekFrom::End(0)).map_err(|source| DiskError::Io { path: path.to_owned(), source })?;
         let (backend, len) = match format {
             DiskFormat::Raw => {
                 let mut start = [0; 4];
@@ -172,6 +175,51 @@ impl Disk {
         Ok(Self { backend, len, read_only })
     }
 
+    /// A disk whose bytes are elsewhere. Whoever keeps them has to see to it that it has one user.
+    ///
+    /// # Errors
+    /// What `bytes` says; `InvalidInput` when that is not a whole number of sectors, or none.
+    pub fn plugged(bytes: Arc<dyn WriteDisk>, read_only: bool) -> io::Result<Self> {
+        let len = bytes.size()?;
+        if len == 0 || len % SECTOR != 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(Self { backend: Backend::Plugged(Arc::new(Plugged::new(bytes))), len, read_only })
+    }
+
+    /// From now on `watcher`, if any, is told before this changes. While nothing is in flight: jobs that have begun are not told of.
+    pub fn watch(&self, watcher: Option<Arc<dyn BeforeWrite>>) {
+        match &self.backend {
+            Backend::Raw(file) => file.watch.set(watcher),
+            Backend::Image(image) => image.file().watch.set(watcher),
+            Backend::Plugged(plugged) => plugged.watch.set(watcher),
+        }
+    }
+
+    /// The files that it is in: the image first, whose changes a watcher is told of, then those it builds upon, in this order. None
+    /// if its bytes are elsewhere.
+    ///
+    /// # Errors
+    /// When no more descriptors are to be had.
+    pub fn files(&self) -> io::Result<Vec<File>> {
+        match &self.backend {
+            Backend::Raw(file) => Ok(vec![file.try_clone()?]),
+            Backend::Image(image) => image.files().iter().map(|file| file.try_clone()).collect(),
+            Backend::Plugged(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Has the files say all that there is to say, for whoever else reads them. Pausing the device does it too, but only logs a failure.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write_back(&self) -> io::Result<()> {
+        match &self.backend {
+            Backend::Image(image) if !self.read_only => image.write_back(),
+            _ => Ok(()),
+        }
+    }
+
     /// Its size in bytes: a multiple of [`SECTOR`].
     #[expect(clippy::len_without_is_empty, reason = "no disk is empty")]
     pub fn len(&self) -> u64 {
@@ -188,15 +236,13 @@ impl Disk {
         match &self.backend {
             Backend::Raw(file) => Target::File(Arc::clone(file)),
             Backend::Image(image) => Target::Image(Arc::clone(image)),
+            Backend::Plugged(plugged) => Target::Plugged(Arc::clone(plugged)),
         }
     }
 
-    /// The image, where it is one.
-    pub(super) fn image(&self) -> Option<&Arc<Image>> {
-        match &self.backend {
-            Backend::Raw(_) => None,
-            Backend::Image(image) => Some(image),
-        }
+    /// Whether some of its jobs are none for a ring.
+    pub(super) fn needs_helpers(&self) -> bool {
+        !matches!(self.backend, Backend::Raw(_))
     }
 
     /// Where `len` bytes at `offset` are read from or written to; if `stable`, what says where they are is to be on the disk
@@ -211,12 +257,12 @@ impl Disk {
     /// A disk that claims to be `len` bytes long, for tests of storage that fails.
     #[cfg(test)]
     pub(super) fn claiming(file: File, len: u64) -> Self {
-        Self { backend: Backend::Raw(Arc::new(file)), len, read_only: false }
+        Self { backend: Backend::Raw(Arc::new(HostFile::new(file))), len, read_only: false }
     }
 }
 
 /// Opens and locks a file or block device.
-pub(super) fn open_file(path: &Path, read_only: bool) -> Result<Arc<File>, DiskError> {
+pub(super) fn open_file(path: &Path, read_only: bool) -> Result<Arc<HostFile>, DiskError> {
     let name = || path.to_owned();
     let io = |source| DiskError::Io { path: name(), source };
     let mut how = OpenOptions::new();
@@ -242,7 +288,7 @@ pub(super) fn open_file(path: &Path, read_only: bool) -> Result<Arc<File>, DiskE
         Errno::EAGAIN | Errno::EACCES => DiskError::Locked { path: name(), read_only },
         errno => io(errno.into()),
     })?;
-    Ok(Arc::new(file))
+    Ok(Arc::new(HostFile::new(file)))
 }
 
 fn lock(file: &File, read_only: bool) -> nix::Result<()> {

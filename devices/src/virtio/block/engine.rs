@@ -71,6 +71,9 @@ impl Engine {
 
     /// Takes a job to answer for as `tag`.
     pub fn begin(&mut self, tag: u32, mut job: Job) {
+        if !job.announce() {
+            return self.done.push((tag, Ok(())));
+        }
         if self.ring.is_none() {
             let result = job.run();
             return self.done.push((tag, result));
@@ -93,7 +96,7 @@ impl Engine {
     fn send(&mut self, tag: u32, job: Job) {
         let left = match (&job.target, &mut self.ring, &mut self.helpers) {
             (Target::File(_), Some(ring), _) => return ring.begin(tag, job),
-            (Target::Image(_), _, Some(helpers)) => helpers.begin(tag, job),
+            (Target::Image(_) | Target::Plugged(_), _, Some(helpers)) => helpers.begin(tag, job),
             _ => Some(job),
         };
         if let Some(mut job) = left {

@@ -38,6 +38,7 @@ use imago::{FormatAccess, Mapping};
 use super::disk::{self, DiskError, Place};
 use super::image_file::ImageFile;
 use super::job::{Action, Target};
+use super::watch::HostFile;
 use crate::virtio::held::HeldAreas;
 
 /// The longest chain of backing files.
@@ -61,7 +62,7 @@ impl std::fmt::Debug for Image {
 
 impl Image {
     /// Opens the image in `file`, which is at `path`; with its backing files if `backing`.
-    pub fn open(file: Arc<File>, path: &Path, read_only: bool, backing: bool) -> Result<Self, DiskError> {
+    pub fn open(file: Arc<HostFile>, path: &Path, read_only: bool, backing: bool) -> Result<Self, DiskError> {
         let unfit = |source| DiskError::Image { path: path.to_owned(), source };
         if !read_only {
             counts_itself(&file).map_err(unfit)?;
@@ -74,6 +75,17 @@ impl Image {
     /// The disk's size in bytes.
     pub fn len(&self) -> u64 {
         self.access.size()
+    }
+
+    /// Its own file.
+    pub fn file(&self) -> Arc<HostFile> {
+        self.files().swap_remove(0)
+    }
+
+    /// Its own file and those it builds upon, in this order.
+    pub fn files(&self) -> Vec<Arc<HostFile>> {
+        let deepest_first = self.access.inner().collect_storage_dependencies();
+        deepest_first.into_iter().rev().map(ImageFile::share).collect()
     }
 
     /// Where `len` bytes at `offset` are read from, or written to.
@@ -155,7 +167,9 @@ impl Image {
             let mapping = self.access.prepare_data_mapping(offset, areas.len() as u64, true)?;
             let len = mapping.length();
             let mut part = areas.take(usize::try_from(len).unwrap_or(usize::MAX));
-            part.write_at(mapping.storage().share().as_fd(), mapping.offset(), false)?;
+            let file = mapping.storage().share();
+            file.watch.before_write(mapping.offset(), part.len() as u64);
+            part.write_at(file.as_fd(), mapping.offset(), false)?;
             self.access.commit_data_mapping(mapping)?;
             offset += len;
         }

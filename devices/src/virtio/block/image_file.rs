@@ -4,7 +4,6 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -17,29 +16,32 @@ use imago::storage::drivers::CommonStorageHelper;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::watch::HostFile;
+
 /// Zeroes to write.
 static ZEROES: [u8; 65536] = [0; 65536];
 
 /// An open, locked file of an image.
 #[derive(Debug)]
 pub struct ImageFile {
-    file: Arc<File>,
+    file: Arc<HostFile>,
     path: PathBuf,
     helper: CommonStorageHelper,
 }
 
 impl ImageFile {
     /// `file`, which is at `path`.
-    pub fn new(file: Arc<File>, path: &Path) -> Self {
+    pub fn new(file: Arc<HostFile>, path: &Path) -> Self {
         Self { file, path: path.to_owned(), helper: CommonStorageHelper::default() }
     }
 
     /// The file, for those who know where in it they may write.
-    pub fn share(&self) -> Arc<File> {
+    pub fn share(&self) -> Arc<HostFile> {
         Arc::clone(&self.file)
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.watch.before_write(offset, len);
         let place = |n: u64| libc::off_t::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         match fallocate(&*self.file, FallocateFlags::FALLOC_FL_ZERO_RANGE, place(offset)?, place(len)?) {
             Err(Errno::EOPNOTSUPP) => {}
@@ -66,7 +68,7 @@ impl fmt::Display for ImageFile {
 impl Storage for ImageFile {
     fn size(&self) -> io::Result<u64> {
         // Also of block devices. Nothing else uses the file's position.
-        (&*self.file).seek(SeekFrom::End(0))
+        (&**self.file).seek(SeekFrom::End(0))
     }
 
     fn get_filename(&self) -> Option<PathBuf> {
@@ -98,6 +100,7 @@ impl Storage for ImageFile {
 
     unsafe fn pure_writev(&self, areas: IoVector<'_>, mut offset: u64) -> io::Result<()> {
         for area in areas.into_inner() {
+            self.file.watch.before_write(offset, area.len() as u64);
             self.file.write_all_at(&area, offset)?;
             offset += area.len() as u64;
         }
@@ -113,6 +116,10 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.file.watch.needs(offset, len) {
+            // The space stays taken.
+            return Ok(());
+        }
         let place = |n: u64| libc::off_t::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match fallocate(&*self.file, mode, place(offset)?, place(len)?) {
@@ -140,7 +147,10 @@ impl Storage for ImageFile {
 
     fn resize(&self, size: u64, mode: PreallocateMode) -> io::Result<()> {
         match mode {
-            PreallocateMode::None | PreallocateMode::Zero => self.file.set_len(size),
+            PreallocateMode::None | PreallocateMode::Zero => {
+                self.file.watch.before_write(size, u64::MAX);
+                self.file.set_len(size)
+            }
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }

@@ -1,6 +1,5 @@
 //! One thing for the host's storage to do, and how it is done at once, on the spot.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -8,6 +7,8 @@ use std::sync::Arc;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::image::{Image, Lease};
+use super::plugged::Plugged;
+use super::watch::{HostFile, Watch};
 use crate::virtio::held::HeldAreas;
 
 /// What is to be done.
@@ -57,9 +58,11 @@ impl Action {
 /// Who is to do it.
 pub enum Target {
     /// A file or block device.
-    File(Arc<File>),
+    File(Arc<HostFile>),
     /// A disk image, where its file alone will not do.
     Image(Arc<Image>),
+    /// Bytes that are elsewhere.
+    Plugged(Arc<Plugged>),
 }
 
 /// One thing for a file, a block device or a disk image to do.
@@ -84,11 +87,28 @@ impl Job {
     }
 
     /// The file, where the target is one.
-    pub fn file(&self) -> Option<&Arc<File>> {
+    pub fn file(&self) -> Option<&HostFile> {
         match &self.target {
             Target::File(file) => Some(file),
-            Target::Image(_) => None,
+            Target::Image(_) | Target::Plugged(_) => None,
         }
+    }
+
+    /// Tells whoever wants to know that it is about to be done; false when it is better left out. Of an image's jobs the image tells,
+    /// which knows what they come to.
+    pub fn announce(&self) -> bool {
+        let watch: &Watch = match &self.target {
+            Target::File(file) => &file.watch,
+            Target::Plugged(plugged) => &plugged.watch,
+            Target::Image(_) => return true,
+        };
+        match self.action {
+            Action::Read { .. } | Action::Sync => {}
+            Action::Discard { len } => return !watch.needs(self.offset, len),
+            Action::Write { .. } => watch.before_write(self.offset, self.areas.len() as u64),
+            Action::Punch { len } | Action::ZeroRange { len } => watch.before_write(self.offset, len),
+        }
+        true
     }
 
     /// Does what is left of it.
@@ -99,6 +119,7 @@ impl Job {
         let file = match &self.target {
             Target::File(file) => file,
             Target::Image(image) => return image.run(self.action, self.offset, &mut self.areas),
+            Target::Plugged(plugged) => return plugged.run(self.action, self.offset, &mut self.areas),
         };
         match self.action {
             Action::Read { padded } => match self.areas.read_at(file.as_fd(), self.offset) {

@@ -311,10 +311,7 @@ impl Handler for BlockQueue {
     fn drain(&mut self) {
         self.settle();
         // Whoever saves or copies the disk now looks at the file.
-        if let Some(image) = self.shared.disk.image()
-            && !self.shared.disk.read_only()
-            && let Err(e) = image.write_back()
-        {
+        if let Err(e) = self.shared.disk.write_back() {
             warn!(device = %self.shared.name, "cannot bring the disk image up to date: {e}");
         }
     }

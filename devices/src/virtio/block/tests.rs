@@ -1,3 +1,4 @@
+mod forked;
 mod images;
 mod load;
 mod trim;

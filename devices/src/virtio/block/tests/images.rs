@@ -54,7 +54,7 @@ impl Folder {
         self.path(name).to_str().unwrap().to_owned()
     }
 
-    fn create(&self, name: &str, args: &[&str], size: usize) -> PathBuf {
+    pub fn create(&self, name: &str, args: &[&str], size: usize) -> PathBuf {
         let (file, size) = (self.text(name), size.to_string());
         qemu_img(&[&["create", "-q", "-f", "qcow2"], args, &[&file, &size]].concat());
         self.path(name)

@@ -256,9 +256,10 @@ fn requests_overtake_each_other_and_a_full_queue_goes_on() {
         areas.push(vm_memory::GuestMemoryBackend::get_slice(&*ram, vm_memory::GuestAddress(0), 512).unwrap());
         crate::virtio::held::HeldAreas::new(&areas, &ram).unwrap()
     };
-    let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(quiet)));
-    let file = Arc::new(image.reopen().unwrap());
-    let read = |file: &Arc<File>| {
+    let hosts = |file| Arc::new(watch::HostFile::new(file));
+    let pipe = hosts(File::from(std::os::fd::OwnedFd::from(quiet)));
+    let file = hosts(image.reopen().unwrap());
+    let read = |file: &Arc<watch::HostFile>| {
         let target = job::Target::File(Arc::clone(file));
         job::Job { areas: memory(), ..job::Job::bare(target, job::Action::Read { padded: false }, 0) }
     };
