@@ -42,7 +42,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::image::{Image, LoadError, data_runs};
 use crate::ram::{PAGE, Ram, RamError};
-use crate::uffd::{FeatureFlags, UffdError, Userfault};
+use crate::uffd::{Fault, FeatureFlags, UffdError, Userfault};
 
 /// What the userfaultfd for [`LazyMemory::start`] must have been opened with.
 pub const FEATURES: FeatureFlags = FeatureFlags::MISSING_SHMEM;
@@ -128,7 +128,7 @@ impl LazyMemory {
             Ok(offset) => return Err(StartError::NotEmpty { offset: offset as u64 }),
             Err(e) => return Err(StartError::System(e.into())),
         }
-        userfault.register_missing(&ram)?;
+        userfault.register_missing(ram.mappings())?;
         let shared = Arc::new(Shared::default());
         shared.bytes_left.store(image.data(), Ordering::Relaxed);
         let loader = Loader {
@@ -218,7 +218,7 @@ impl Loader {
             failed(Arc::clone(e));
         }
         // Closing does the same, but not while a child that is about to exec still holds a copy of the descriptor.
-        let _ = self.userfault.unregister(&self.ram);
+        let _ = self.userfault.unregister(self.ram.mappings());
         outcome
     }
 
@@ -241,12 +241,12 @@ impl Loader {
 
     /// Answers the faults there are. False if there are none.
     fn answer(&mut self) -> Result<bool, LoadError> {
-        let faults = self.userfault.faults(&self.ram, &mut self.events)?;
-        for &offset in &faults {
+        let faults = self.userfault.faults(self.ram.mappings(), &mut self.events)?;
+        for &Fault { offset, .. } in &faults {
             match self.image.find(offset).filter(|&position| !self.loaded[position]) {
                 Some(position) => self.load(position, Some(offset))?,
                 // Zero, or loaded since. Every page with data of a loaded chunk is there.
-                None => self.userfault.zero(&self.ram, offset)?,
+                None => self.userfault.zero(self.ram.mappings(), offset)?,
             }
             self.shared.faults.fetch_add(1, Ordering::Relaxed);
         }
@@ -258,10 +258,10 @@ impl Loader {
         let offset = self.image.read(position, &mut self.buffer)?;
         if let Some(awaited) = awaited {
             let page = &self.buffer[(awaited - offset) as usize..][..PAGE];
-            self.userfault.copy(&self.ram, awaited, page)?;
+            self.userfault.copy(self.ram.mappings(), awaited, page)?;
         }
         for run in data_runs(&self.buffer) {
-            self.userfault.copy(&self.ram, offset + run.start as u64, &self.buffer[run])?;
+            self.userfault.copy(self.ram.mappings(), offset + run.start as u64, &self.buffer[run])?;
         }
         self.loaded[position] = true;
         self.shared.chunks.fetch_add(1, Ordering::Relaxed);

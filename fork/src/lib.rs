@@ -5,6 +5,8 @@
 pub mod disk;
 pub mod image;
 pub mod lazy;
+pub mod mappings;
+pub mod pager;
 pub mod ram;
 pub mod support;
 #[cfg(test)]

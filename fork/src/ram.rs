@@ -10,21 +10,21 @@ use std::sync::Arc;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
+pub use crate::mappings::{Hva, Mapping, Mappings};
+
 /// A page of the host, and of the guest: 4 KiB. RAM on huge pages has no place here yet.
 pub const PAGE: usize = 4096;
-
-/// An address in this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Hva(pub u64);
 
 /// Why memory is not what this crate can watch and fill.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
-    /// A region without a file behind it, or a private mapping of one.
-    #[error("the memory at guest address {gpa:#x} is no shared mapping of a memfd")]
-    NotShared {
+    /// A region without a file behind it, or one that is not mapped as it should be.
+    #[error("the memory at guest address {gpa:#x} is no {} mapping of a memfd", if *shared { "shared" } else { "private" })]
+    NotSo {
         /// Where the region begins.
         gpa: u64,
+        /// Whether it should be shared, and not private.
+        shared: bool,
     },
     /// A region that begins or ends within a page.
     #[error("the memory at guest address {gpa:#x} does not begin and end at pages")]
@@ -43,32 +43,54 @@ pub enum RamError {
     Memfd(#[source] io::Error),
 }
 
-#[derive(Debug)]
-struct Region {
-    start: Hva,
-    len: u64,
-    /// In the memfd.
-    offset: u64,
-}
-
 /// All of a VM's RAM: one memfd, mapped shared.
 #[derive(Debug)]
 pub struct Ram {
-    /// Holds the mappings.
+    /// Keeps it mapped.
     memory: Arc<GuestMemoryMmap>,
-    /// By offset; never empty.
-    regions: Vec<Region>,
+    mappings: Mappings,
 }
 
 impl Ram {
     /// Takes the RAM in `memory`, if it is all of one memfd.
     pub fn new(memory: Arc<GuestMemoryMmap>) -> Result<Self, RamError> {
+        let mappings = Mappings::of_sharing(&memory, libc::MAP_SHARED)?;
+        Ok(Self { memory, mappings })
+    }
+
+    /// Size of the whole.
+    pub fn bytes(&self) -> u64 {
+        self.mappings.bytes()
+    }
+
+    /// The memfd.
+    pub fn memfd(&self) -> &File {
+        let region = self.memory.iter().next().and_then(|region| region.file_offset());
+        region.expect("new() refuses memory without a file").file()
+    }
+
+    /// Where it is mapped.
+    pub fn mappings(&self) -> &Mappings {
+        &self.mappings
+    }
+}
+
+impl Mappings {
+    /// Where a child's memory is: one memfd, mapped privately.
+    ///
+    /// # Errors
+    /// When it is not that.
+    pub fn of_private(memory: &GuestMemoryMmap) -> Result<Self, RamError> {
+        Self::of_sharing(memory, libc::MAP_PRIVATE)
+    }
+
+    fn of_sharing(memory: &GuestMemoryMmap, sharing: libc::c_int) -> Result<Self, RamError> {
         let mut regions = Vec::new();
         let mut file = None;
         for region in memory.iter() {
             let gpa = vm_memory::GuestMemoryRegion::start_addr(region).0;
-            let backing = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0);
-            let backing = backing.ok_or(RamError::NotShared { gpa })?;
+            let backing = region.file_offset().filter(|_| region.flags() & sharing != 0);
+            let backing = backing.ok_or(RamError::NotSo { gpa, shared: sharing == libc::MAP_SHARED })?;
             let (start, len, offset) = (region.as_ptr() as u64, region.size() as u64, backing.start());
             if [start, len, offset].iter().any(|n| n % PAGE as u64 != 0) {
                 return Err(RamError::Unaligned { gpa });
@@ -78,53 +100,13 @@ impl Ram {
             if *file.get_or_insert(this) != this {
                 return Err(RamError::Gaps { offset });
             }
-            regions.push(Region { start: Hva(start), len, offset });
+            regions.push(Mapping { start: Hva(start), len, offset });
         }
-        regions.sort_by_key(|region| region.offset);
-        let mut end = 0;
-        for region in &regions {
-            if region.offset != end {
-                return Err(RamError::Gaps { offset: end.min(region.offset) });
-            }
-            end += region.len;
-        }
+        let mappings = Self::new(regions).map_err(|wrong| RamError::Gaps { offset: wrong.offset })?;
         match file {
-            Some((_, _, len)) if len == end => Ok(Self { memory, regions }),
-            _ => Err(RamError::Gaps { offset: end }),
+            Some((_, _, len)) if len == mappings.bytes() => Ok(mappings),
+            _ => Err(RamError::Gaps { offset: mappings.bytes() }),
         }
-    }
-
-    /// Size of the whole.
-    pub fn bytes(&self) -> u64 {
-        self.regions.iter().map(|region| region.len).sum()
-    }
-
-    /// The memfd.
-    pub fn memfd(&self) -> &File {
-        let region = self.memory.iter().next().and_then(|region| region.file_offset());
-        region.expect("new() refuses memory without a file").file()
-    }
-
-    /// Where each region is mapped, and its length.
-    pub(crate) fn mappings(&self) -> impl Iterator<Item = (Hva, u64)> {
-        self.regions.iter().map(|region| (region.start, region.len))
-    }
-
-    /// The offset in the memfd of what is mapped at `address`, if it is RAM.
-    pub(crate) fn offset_of(&self, address: Hva) -> Option<u64> {
-        let within = |region: &Region| address.0.checked_sub(region.start.0).filter(|distance| *distance < region.len);
-        self.regions.iter().find_map(|region| Some(region.offset + within(region)?))
-    }
-
-    /// Where `len` bytes from `offset` on are mapped: as many pieces as there are regions under them. What lies beyond the
-    /// end of RAM is left out.
-    pub(crate) fn spans(&self, offset: u64, len: u64) -> impl Iterator<Item = (Hva, u64)> {
-        let end = offset.saturating_add(len);
-        self.regions.iter().filter_map(move |region| {
-            let from = offset.max(region.offset);
-            let to = end.min(region.offset + region.len);
-            (from < to).then(|| (Hva(region.start.0 + (from - region.offset)), to - from))
-        })
     }
 }
 
@@ -138,25 +120,19 @@ mod tests {
     const P: u64 = PAGE as u64;
 
     #[test]
-    fn offsets_and_addresses_belong_together() {
+    fn it_is_mapped_by_offset() {
         let memory = testing::ram(&[3 * P, 2 * P]);
         let ram = Ram::new(Arc::clone(&memory)).unwrap();
         assert_eq!(ram.bytes(), 5 * P);
         assert_eq!(ram.memfd().metadata().unwrap().len(), 5 * P);
-        let starts: Vec<_> = ram.mappings().map(|(start, _)| start.0).collect();
-        // A range over the seam of two regions is two pieces.
-        let spans: Vec<_> = ram.spans(2 * P, 2 * P).collect();
-        assert_eq!(spans, [(Hva(starts[0] + 2 * P), P), (Hva(starts[1]), P)]);
-        assert_eq!(ram.offset_of(Hva(starts[1] + 5)), Some(3 * P + 5));
-        assert_eq!(ram.spans(4 * P, u64::MAX).collect::<Vec<_>>(), [(Hva(starts[1] + P), P)]);
-        assert_eq!(ram.spans(5 * P, P).count(), 0);
-        assert_eq!(ram.offset_of(Hva(0)), None);
+        let mapped: Vec<_> = ram.mappings().iter().map(|m| (m.offset, m.len)).collect();
+        assert_eq!(mapped, [(0, 3 * P), (3 * P, 2 * P)]);
     }
 
     #[test]
     fn memory_that_is_not_one_shared_memfd_is_refused() {
         let anonymous = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), PAGE)]).unwrap();
-        assert!(matches!(Ram::new(Arc::new(anonymous)), Err(RamError::NotShared { gpa: 0 })));
+        assert!(matches!(Ram::new(Arc::new(anonymous)), Err(RamError::NotSo { gpa: 0, shared: true })));
 
         let memfd = testing::memfd(4 * P);
         let region = |gpa, offset, flags| {
@@ -169,7 +145,7 @@ mod tests {
         };
         let memory = |regions| Ram::new(Arc::new(GuestMemoryMmap::from_regions(regions).unwrap()));
         let private = memory(vec![region(0x8000, 0, libc::MAP_PRIVATE)]);
-        assert!(matches!(private, Err(RamError::NotShared { gpa: 0x8000 })));
+        assert!(matches!(private, Err(RamError::NotSo { gpa: 0x8000, shared: true })));
         let gap = memory(vec![region(0, 0, libc::MAP_SHARED), region(P, 2 * P, libc::MAP_SHARED)]);
         assert!(matches!(gap, Err(RamError::Gaps { offset: P })), "{gap:?}");
         let short = memory(vec![region(0, 0, libc::MAP_SHARED)]);

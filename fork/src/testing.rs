@@ -19,12 +19,20 @@ pub fn memfd(bytes: u64) -> File {
 
 /// Regions of these sizes, in one empty memfd, 1 TiB apart for the guest.
 pub fn ram(sizes: &[u64]) -> Arc<GuestMemoryMmap> {
-    let memfd = Arc::new(memfd(sizes.iter().sum()));
+    map(Arc::new(memfd(sizes.iter().sum())), sizes, libc::MAP_SHARED)
+}
+
+/// The same regions of this memfd, mapped privately.
+pub fn private(memfd: &File, sizes: &[u64]) -> Arc<GuestMemoryMmap> {
+    map(Arc::new(memfd.try_clone().unwrap()), sizes, libc::MAP_PRIVATE)
+}
+
+fn map(memfd: Arc<File>, sizes: &[u64], sharing: libc::c_int) -> Arc<GuestMemoryMmap> {
     let mut offset = 0;
     let regions = sizes.iter().enumerate().map(|(n, &len)| {
         let region = MmapRegionBuilder::new(len as usize)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(sharing | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(Arc::clone(&memfd), offset))
             .build()
             .unwrap();

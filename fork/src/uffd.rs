@@ -19,13 +19,16 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+pub use userfaultfd::FaultKind;
 pub use userfaultfd::FeatureFlags;
-use userfaultfd::{Error, Event, EventBuffer, FaultKind, IoctlFlags, RegisterMode, Uffd};
+use userfaultfd::{Error, Event, Uffd};
+pub(crate) use userfaultfd::{EventBuffer, IoctlFlags, RegisterMode};
 
-use crate::ram::{Hva, PAGE, Ram};
+use crate::ram::{Hva, Mapping, Mappings, PAGE};
 
 /// What went wrong with a userfaultfd.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +73,26 @@ pub enum UffdError {
     },
 }
 
+impl UffdError {
+    /// Whether the process that the memory was of is no more.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Call { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
+    }
+}
+
+/// An access that waits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fault {
+    /// Of the page, in the memfd.
+    pub offset: u64,
+    /// What it waits for.
+    pub kind: FaultKind,
+}
+
+/// How often a call is tried again that Linux ends because the address space was changing. Each time something else has got on; one
+/// that never ends is another process's doing.
+const TRIES: u32 = 1000;
+
 /// An open userfaultfd. Closed on drop.
 #[derive(Debug)]
 pub struct Userfault(Uffd);
@@ -90,49 +113,132 @@ impl Userfault {
         }
     }
 
-    /// From now on a first access to a page of `ram` that is not in the memfd waits for an answer.
+    /// Takes one that another process opened, for the memory of that process.
+    ///
+    /// # Errors
+    /// When it is none, or one that has a reader wait.
+    pub fn of_another(fd: OwnedFd) -> Result<Self, UffdError> {
+        let kind = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(failed("readlink"))?;
+        if kind.as_os_str() != "anon_inode:[userfaultfd]" {
+            return Err(UffdError::Unexpected { event: format!("{} in place of a userfaultfd", kind.display()) });
+        }
+        let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(|e| failed("fcntl")(e.into()))?;
+        if flags & libc::O_NONBLOCK == 0 {
+            return Err(UffdError::Unexpected { event: "a userfaultfd that has its reader wait".into() });
+        }
+        // SAFETY: the descriptor is a userfaultfd, open, and given up here by its only owner.
+        Ok(Self(unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) }))
+    }
+
+    /// Another descriptor of the same.
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.0.as_fd().try_clone_to_owned()
+    }
+
+    /// From now on a first access to a page that is not in the memfd waits for an answer.
     ///
     /// The page cache decides, not the mapping's page table: a page that came into the memfd by any way, be it `write(2)` or
     /// another mapping, is there. And only accesses through these mappings wait.
-    pub(crate) fn register_missing(&self, ram: &Ram) -> Result<(), UffdError> {
-        for (address, len) in ram.mappings() {
-            let can = self.0.register_with_mode(address.0 as _, len as usize, RegisterMode::MISSING);
+    pub(crate) fn register_missing(&self, mappings: &Mappings) -> Result<(), UffdError> {
+        self.register(mappings, RegisterMode::MISSING, IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE)
+    }
+
+    /// From now on the kinds of access that `mode` names wait for an answer. The kernel must offer the calls `needs`.
+    pub(crate) fn register(&self, mappings: &Mappings, mode: RegisterMode, needs: IoctlFlags) -> Result<(), UffdError> {
+        for &Mapping { start, len, .. } in mappings.iter() {
+            let can = self.0.register_with_mode(start.0 as _, len as usize, mode);
             let can = can.map_err(|e| failed("UFFDIO_REGISTER")(io_error(e)))?;
-            if !can.contains(IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE) {
-                return Err(UffdError::Unfillable { address });
+            if !can.contains(needs) {
+                return Err(UffdError::Unfillable { address: start });
             }
         }
         Ok(())
     }
 
-    /// Accesses to `ram` wait no more, and those that do are let through.
-    pub(crate) fn unregister(&self, ram: &Ram) -> Result<(), UffdError> {
-        for (address, len) in ram.mappings() {
+    /// Accesses wait no more, and those that do are let through; write protection goes.
+    pub(crate) fn unregister(&self, mappings: &Mappings) -> Result<(), UffdError> {
+        self.unregister_part(mappings, 0, mappings.bytes())
+    }
+
+    /// The same, for a part of the memory: the rest of the process is kept waiting for less long.
+    pub(crate) fn unregister_part(&self, mappings: &Mappings, offset: u64, len: u64) -> Result<(), UffdError> {
+        for (address, len) in mappings.spans(offset, len) {
             let done = self.0.unregister(address.0 as _, len as usize);
             done.map_err(|e| failed("UFFDIO_UNREGISTER")(io_error(e)))?;
         }
         Ok(())
     }
 
-    /// The pages of `ram` that somebody waits for, by offset in the memfd, as many as `events` has room for. Does not wait.
-    pub(crate) fn faults(&self, ram: &Ram, events: &mut EventBuffer) -> Result<Vec<u64>, UffdError> {
+    /// The accesses that wait, as many as `events` has room for. Does not wait.
+    pub(crate) fn faults(&self, mappings: &Mappings, events: &mut EventBuffer) -> Result<Vec<Fault>, UffdError> {
         let unexpected = |event| UffdError::Unexpected { event };
-        let events = self.0.read_events(events).map_err(|e| failed("reading a userfaultfd")(io_error(e)))?;
-        let offset = |event| match event {
-            Ok(Event::Pagefault { kind: FaultKind::Missing, addr, .. }) => {
-                let offset = ram.offset_of(Hva(addr as u64));
-                offset.ok_or_else(|| unexpected(format!("fault at {addr:p}, outside guest memory")))
+        let events = match self.0.read_events(events) {
+            Ok(events) => events,
+            Err(Error::SystemError(errno)) if errno as i32 == libc::EAGAIN => return Ok(Vec::new()),
+            Err(e) => return Err(failed("reading a userfaultfd")(io_error(e))),
+        };
+        let fault = |event| match event {
+            Ok(Event::Pagefault { kind, addr, .. }) => {
+                let offset = mappings.offset_of(Hva(addr as u64)).map(|offset| offset - offset % PAGE as u64);
+                let offset = offset.ok_or_else(|| unexpected(format!("fault at {addr:p}, outside guest memory")))?;
+                Ok(Fault { offset, kind })
             }
             event => Err(unexpected(format!("{event:?}"))),
         };
-        events.map(offset).collect()
+        events.map(fault).collect()
     }
 
-    /// Puts `bytes` (whole pages) at `offset` of `ram`, but for the pages that are there already, and wakes whoever waits
-    /// for any of them.
-    pub(crate) fn copy(&self, ram: &Ram, offset: u64, bytes: &[u8]) -> Result<(), UffdError> {
+    /// From now on the first write to each of these pages waits for an answer; the pages need not be there.
+    pub(crate) fn protect(&self, mappings: &Mappings, offset: u64, len: u64) -> Result<(), UffdError> {
+        for (address, len) in mappings.spans(offset, len) {
+            let done = self.0.write_protect(address.0 as _, len as usize);
+            done.map_err(|e| failed("UFFDIO_WRITEPROTECT")(io_error(e)))?;
+        }
+        Ok(())
+    }
+
+    /// Lets these pages be written, and who waits to do so go on.
+    pub(crate) fn unprotect(&self, mappings: &Mappings, offset: u64, len: u64) -> Result<(), UffdError> {
+        for (address, len) in mappings.spans(offset, len) {
+            let done = self.0.remove_write_protection(address.0 as _, len as usize, true);
+            done.map_err(|e| failed("UFFDIO_WRITEPROTECT")(io_error(e)))?;
+        }
+        Ok(())
+    }
+
+    /// Maps the memfd's own pages and wakes who waits for them. Leaves alone what is mapped already, and holes.
+    ///
+    /// Returns the pages that are mapped now.
+    pub(crate) fn map_cached(&self, mappings: &Mappings, offset: u64, len: u64) -> Result<u64, UffdError> {
+        let mut pages = 0;
+        for (mut address, len) in mappings.spans(offset, len) {
+            let end = address.0 + len;
+            let mut tries = 0;
+            while address.0 < end {
+                match self.0.r#continue(address.0 as _, (end - address.0) as usize, true) {
+                    Ok(mapped) => {
+                        pages += mapped / PAGE as u64;
+                        address.0 += mapped;
+                    }
+                    Err(Error::SystemError(errno)) if errno as i32 == libc::EEXIST => {
+                        self.wake(address)?;
+                        pages += 1;
+                        address.0 += PAGE as u64;
+                    }
+                    Err(Error::SystemError(errno)) if errno as i32 == libc::EFAULT => address.0 += PAGE as u64,
+                    Err(Error::SystemError(errno)) if errno as i32 == libc::EAGAIN && tries < TRIES => tries += 1,
+                    Err(e) => return Err(failed("UFFDIO_CONTINUE")(io_error(e))),
+                }
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Puts `bytes` (whole pages) at `offset`, but for the pages that are there already, and wakes whoever waits for any of
+    /// them.
+    pub(crate) fn copy(&self, mappings: &Mappings, offset: u64, bytes: &[u8]) -> Result<(), UffdError> {
         let mut rest = bytes;
-        for (address, len) in ram.spans(offset, bytes.len() as u64) {
+        for (address, len) in mappings.spans(offset, bytes.len() as u64) {
             let (piece, after) = rest.split_at(len as usize);
             self.copy_mapped(address, piece)?;
             rest = after;
@@ -141,15 +247,19 @@ impl Userfault {
     }
 
     fn copy_mapped(&self, mut address: Hva, mut bytes: &[u8]) -> Result<(), UffdError> {
+        let mut tries = 0;
         while !bytes.is_empty() {
-            // SAFETY: the source is a live slice of this length. The target lies in guest memory, which a `Ram` keeps mapped
-            // and which is only ever accessed as memory that others change; the kernel refuses what is not registered.
+            // SAFETY: the source is a live slice of this length. The target lies in guest memory, this process's or another's, which
+            // is only ever accessed as memory that others change; the kernel refuses what is not registered.
             let copied = unsafe { self.0.copy(bytes.as_ptr().cast(), address.0 as _, bytes.len(), true) };
             let done = match copied {
                 Ok(copied) => copied,
                 // Up to a page that is there. Linux says -EAGAIN where it copied nothing: the address space was changing.
                 Err(Error::PartiallyCopied(copied)) if copied <= bytes.len() => copied,
-                Err(Error::PartiallyCopied(_)) => 0,
+                Err(Error::PartiallyCopied(_)) if tries < TRIES => {
+                    tries += 1;
+                    0
+                }
                 Err(Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => {
                     self.wake(address)?;
                     PAGE
@@ -162,11 +272,11 @@ impl Userfault {
         Ok(())
     }
 
-    /// Puts a zero page at `offset` of `ram` unless there is a page already, and in either case wakes whoever waits for it.
-    pub(crate) fn zero(&self, ram: &Ram, offset: u64) -> Result<(), UffdError> {
-        for (address, len) in ram.spans(offset, PAGE as u64) {
-            // SAFETY: the target lies in guest memory, which a `Ram` keeps mapped and which is only ever accessed as memory
-            // that others change; the kernel refuses what is not registered.
+    /// Puts a zero page at `offset` unless there is a page already, and in either case wakes whoever waits for it.
+    pub(crate) fn zero(&self, mappings: &Mappings, offset: u64) -> Result<(), UffdError> {
+        for (address, len) in mappings.spans(offset, PAGE as u64) {
+            // SAFETY: the target lies in guest memory, this process's or another's, which is only ever accessed as memory that others
+            // change; the kernel refuses what is not registered.
             match unsafe { self.0.zeropage(address.0 as _, len as usize, true) } {
                 Ok(_) => (),
                 Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => self.wake(address)?,
@@ -179,6 +289,12 @@ impl Userfault {
     /// Wakes whoever waits for the page at `address`, which is there: one that came by another way than a userfaultfd woke nobody.
     fn wake(&self, address: Hva) -> Result<(), UffdError> {
         self.0.wake(address.0 as _, PAGE).map_err(|e| failed("UFFDIO_WAKE")(io_error(e)))
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

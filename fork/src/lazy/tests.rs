@@ -346,5 +346,5 @@ fn memory_that_does_not_fit_is_refused() {
     assert!(matches!(e, Some(StartError::NotEmpty { offset }) if offset == 7 * P), "{e:?}");
     assert!(!is_registered(&used));
     let private = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 * PAGE)]).unwrap();
-    assert!(matches!(start(Arc::new(private)), Some(StartError::Ram(RamError::NotShared { .. }))));
+    assert!(matches!(start(Arc::new(private)), Some(StartError::Ram(RamError::NotSo { .. }))));
 }
