@@ -258,6 +258,14 @@ impl Fork {
     }
 }
 
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Has `writers` threads write, each its share of the pages, while `body` runs. Then checks the source.
 fn under_writes(machine: &Machine, writers: u32, body: impl FnOnce()) {
     let stop = AtomicBool::new(false);
@@ -272,8 +280,9 @@ fn under_writes(machine: &Machine, writers: u32, body: impl FnOnce()) {
                 }
             });
         }
+        // Also when it fails.
+        let _guard = StopOnDrop(&stop);
         body();
-        stop.store(true, Ordering::Relaxed);
     });
     (0..machine.pages()).for_each(|page| machine.check(page));
 }
