@@ -1,14 +1,17 @@
-//! Saving a VM's memory and loading it back while the VM runs; freezing its disks for its children; later: forking its memory.
+//! Forking a running VM: its memory, shared page by page, and its disks, frozen; saving memory and loading it while the VM runs.
 //!
 //! Nothing here knows devices or what a guest kernel looks like.
 
 pub mod disk;
+pub mod hello;
 pub mod image;
 pub mod lazy;
 pub mod mappings;
 pub mod pager;
 pub mod ram;
+pub mod source;
 pub mod support;
 #[cfg(test)]
 mod testing;
 pub mod uffd;
+pub mod wire;

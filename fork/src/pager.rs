@@ -36,6 +36,8 @@
 
 pub mod generation;
 pub mod journal;
+pub mod protocol;
+pub mod server;
 pub mod store;
 #[cfg(test)]
 mod tests;
@@ -45,6 +47,7 @@ use std::fs::File;
 use std::io;
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use serde::{Deserialize, Serialize};
 
 use self::generation::{Generation, Kept, Pages};
 use self::journal::{InFlight, Journal};
@@ -114,7 +117,7 @@ pub enum PagerError {
 }
 
 /// Why a child cannot go on.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Lost {
     /// The store is full, and its generation was the oldest.
     #[error(
@@ -139,7 +142,7 @@ pub enum Lost {
 }
 
 /// What has happened and its owner should hear.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Notice {
     /// A child has lost its memory, and must end. Until [`Pager::forget`] nothing it still has mapped changes under it.
     Lost(ChildId, Lost),
@@ -148,11 +151,14 @@ pub enum Notice {
     /// The source's process is gone. The children have all of its memory.
     SourceGone,
     /// No generation is left, and the source is as it was before.
-    Idle,
+    Idle {
+        /// What the last child needed: for [`Pager::set_needed`] of the next page server.
+        needed: Vec<(u32, u32)>,
+    },
 }
 
 /// What has been done, in all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Counters {
     /// Pages of the source that a child had mapped at some time, now.
@@ -178,7 +184,7 @@ pub struct Counters {
 }
 
 /// What arming did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Armed {
     /// Rounds over what was written meanwhile.
     pub rounds: u32,
@@ -285,6 +291,18 @@ impl Pager {
             notices: VecDeque::new(),
             counters: Counters::default(),
         })
+    }
+
+    /// What the next child is to be given beforehand, as runs of pages.
+    pub fn set_needed(&mut self, mut runs: Vec<(u32, u32)>) {
+        let pages = self.pages as u32;
+        runs.retain(|(first, len)| first.checked_add(*len).is_some_and(|end| end <= pages));
+        self.needed = runs;
+    }
+
+    /// What the last child needed.
+    pub fn needed(&self) -> &[(u32, u32)] {
+        &self.needed
     }
 
     /// What has happened since this was asked.
@@ -450,7 +468,7 @@ impl Pager {
         let Some(source) = self.source.as_ref().filter(|source| next < source.mappings.bytes()) else {
             self.phase = Phase::Idle;
             self.open = Vec::new();
-            self.notices.push_back(Notice::Idle);
+            self.notices.push_back(Notice::Idle { needed: self.needed.clone() });
             return Ok(());
         };
         let done = source.uffd.unregister_part(&source.mappings, next, CHUNK);
@@ -745,6 +763,8 @@ impl Pager {
                 self.leave_source();
                 Ok(())
             }
+            // Whoever waited was let go with the memory around, but its fault was still there to be read.
+            Err(e) if e.is_unwatched() && matches!(self.phase, Phase::Disarming { .. } | Phase::Idle) => Ok(()),
             done => done.map_err(PagerError::Source),
         }
     }

@@ -76,7 +76,16 @@ pub enum UffdError {
 impl UffdError {
     /// Whether the process that the memory was of is no more.
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::Call { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
+        self.is(libc::ESRCH)
+    }
+
+    /// Whether the memory is not registered.
+    pub fn is_unwatched(&self) -> bool {
+        self.is(libc::ENOENT)
+    }
+
+    fn is(&self, errno: i32) -> bool {
+        matches!(self, Self::Call { source, .. } if source.raw_os_error() == Some(errno))
     }
 }
 
@@ -165,6 +174,9 @@ impl Userfault {
         for (address, len) in mappings.spans(offset, len) {
             let done = self.0.unregister(address.0 as _, len as usize);
             done.map_err(|e| failed("UFFDIO_UNREGISTER")(io_error(e)))?;
+            // The kernel wakes before it lets go. Who faults in between, under the lock of its mapping alone (Linux 6.6), goes to sleep
+            // with nobody left to wake it: seen on 6.18, once in some hundred forks under load.
+            self.wake_all(address, len)?;
         }
         Ok(())
     }
@@ -288,7 +300,11 @@ impl Userfault {
 
     /// Wakes whoever waits for the page at `address`, which is there: one that came by another way than a userfaultfd woke nobody.
     fn wake(&self, address: Hva) -> Result<(), UffdError> {
-        self.0.wake(address.0 as _, PAGE).map_err(|e| failed("UFFDIO_WAKE")(io_error(e)))
+        self.wake_all(address, PAGE as u64)
+    }
+
+    fn wake_all(&self, address: Hva, len: u64) -> Result<(), UffdError> {
+        self.0.wake(address.0 as _, len as usize).map_err(|e| failed("UFFDIO_WAKE")(io_error(e)))
     }
 }
 

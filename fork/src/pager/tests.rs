@@ -69,7 +69,7 @@ impl Served {
     }
 
     fn wait_idle(&self) {
-        while self.notices.recv_timeout(Duration::from_secs(20)).unwrap() != Notice::Idle {}
+        while !matches!(self.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Idle { .. }) {}
     }
 }
 

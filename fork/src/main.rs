@@ -1,0 +1,53 @@
+//! `civic-pager`: the page server of a VM that has forks, in a process of its own, so that nothing that goes wrong in it reaches the VM.
+//! `civic fork` starts it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use civic_fork::hello::{Hello, Role, VERSION, socket};
+use civic_fork::pager::server::{ServeError, serve};
+use civic_fork::wire::{Wire, WireError};
+
+const USAGE: &str = "\
+civic-pager: keeps for a VM's forks what the VM overwrites
+
+usage: civic-pager DIRECTORY
+
+DIRECTORY is the VM's own, with its fork.sock. Started by 'civic fork'; ends with the last fork.";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let dir = match (args.next(), args.next()) {
+        (Some(arg), None) if arg == "--help" || arg == "-h" => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        (Some(arg), None) if arg == "--version" || arg == "-V" => {
+            println!("civic-pager {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        (Some(dir), None) => PathBuf::from(dir),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let path = socket(&dir);
+    let wire = match Wire::connect(&path) {
+        Ok(wire) => wire,
+        Err(e) => {
+            eprintln!("civic-pager: cannot connect to {}: {e}", path.display());
+            return ExitCode::FAILURE;
+        }
+    };
+    let hello = Hello { version: VERSION, role: Role::PageServer };
+    match wire.send(&hello, &[]).map_err(ServeError::from).and_then(|()| serve(wire)) {
+        // Another one serves that VM, or the VM is gone.
+        Ok(()) | Err(ServeError::Wire(WireError::Closed)) => ExitCode::SUCCESS,
+        Err(e) => {
+            let chain = std::iter::successors(Some(&e as &dyn std::error::Error), |e| e.source());
+            eprintln!("civic-pager: {}", chain.map(ToString::to_string).collect::<Vec<_>>().join(": "));
+            ExitCode::FAILURE
+        }
+    }
+}

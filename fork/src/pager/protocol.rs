@@ -1,0 +1,87 @@
+//! What the source and the page server say to each other, and what a child hears.
+//!
+//! ```text
+//!  source                          page server                       child
+//!    │ Begin [uffd, ram, store, journal] │                              │
+//!    │──────────────────────────────────▶│                              │
+//!    │◀──────────────────────────── Done │                              │
+//!    │ Adopt [uffd, lifeline] ──────────▶│◀═══════ lifeline ═══════════▶│
+//!    │◀──────────────────────────── Done │                              │
+//!    │ Arm ─────────────────────────────▶│                              │
+//!    │◀─────────────────────────── Armed │                              │
+//!    │ Freeze ──────────────────────────▶│                              │
+//!    │◀────────────────────────── Frozen │                              │
+//!    │   …            Notice, whenever ◀─│─▶ LastWord, then closed      │
+//! ```
+//!
+//! Every request but [`Request::Ping`] has one answer, in order; notices come between.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Armed, ChildId, Counters, GenerationId, Notice};
+use crate::mappings::Mappings;
+
+/// From the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// The first: with the source's userfaultfd, the memfd of its RAM, and those of the store and the journal.
+    Begin {
+        /// Where the source has its RAM.
+        mappings: Mappings,
+        /// Most pages in the store.
+        limit: u32,
+        /// What the last child of the source needed first, as runs of pages.
+        needed: Vec<(u32, u32)>,
+    },
+    /// A child that waits: with its userfaultfd and its lifeline.
+    Adopt {
+        /// Its number.
+        child: ChildId,
+        /// Where it has its RAM.
+        mappings: Mappings,
+    },
+    /// Protect the source's memory while it runs.
+    Arm,
+    /// The fork point, of these children.
+    Freeze {
+        /// Their numbers.
+        children: Vec<ChildId>,
+    },
+    /// There will be no fork.
+    Abandon,
+    /// A child is not wanted any more.
+    Forget {
+        /// Its number.
+        child: ChildId,
+    },
+    /// What has been done.
+    Counters,
+    /// Show that you are well.
+    Ping,
+}
+
+/// From the page server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Response {
+    /// It is done.
+    Done,
+    /// To [`Request::Arm`].
+    Armed(Armed),
+    /// To [`Request::Freeze`].
+    Frozen(GenerationId),
+    /// To [`Request::Counters`]: with the generations that live, and the pages of each in the store.
+    Counters(Counters, Vec<(GenerationId, u32)>),
+    /// It cannot be done.
+    Refused(String),
+    /// Not an answer.
+    Notice(Notice),
+    /// Not an answer: it cannot go on, and ends.
+    Failed(String),
+}
+
+/// What a child hears from the page server before its lifeline is closed; one that hears nothing knows that the page server has died.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastWord {
+    /// Why it cannot go on.
+    pub why: String,
+}

@@ -1,0 +1,273 @@
+//! The page server as a process: waits for everybody at once, and answers the source first.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::journal::Journal;
+use super::protocol::{LastWord, Request, Response};
+use super::store::Store;
+use super::{ChildId, Notice, Pager, PagerError};
+use crate::uffd::{UffdError, Userfault};
+use crate::wire::{Wire, WireError};
+
+/// How long the source may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Events taken at a time.
+const EVENTS: usize = 64;
+
+/// Why a page server ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The source says nothing sensible.
+    #[error("the source cannot be understood")]
+    Wire(#[from] WireError),
+    /// The source began with something else.
+    #[error("the source did not begin as it should: {0}")]
+    Beginning(&'static str),
+    /// Memory cannot be served.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// What the source handed over cannot be used.
+    #[error("the source's memory cannot be watched")]
+    Uffd(#[from] UffdError),
+    /// The system refuses.
+    #[error("cannot wait for page faults")]
+    System(#[source] std::io::Error),
+}
+
+impl From<Errno> for ServeError {
+    fn from(e: Errno) -> Self {
+        Self::System(e.into())
+    }
+}
+
+/// Serves the source at the other end of `wire` until it and every child has gone.
+///
+/// # Errors
+/// When it cannot go on. The source has been told, if it could be; its watchdog does what is left.
+pub fn serve(wire: Wire) -> Result<(), ServeError> {
+    let mut server = Server::begin(wire)?;
+    let ended = server.run();
+    if let Err(e) = &ended {
+        let chain = std::iter::successors(Some(e as &dyn std::error::Error), |e| e.source());
+        let why = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        let _ = server.wire.send(&Response::Failed(why.clone()), &[]);
+        for lifeline in server.lifelines.values() {
+            let _ = lifeline.send(&LastWord { why: why.clone() }, &[]);
+        }
+    }
+    ended
+}
+
+/// Whose descriptor has something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    Wire,
+    Source,
+    Memory(ChildId),
+    Lifeline(ChildId),
+}
+
+impl Token {
+    fn event(self, flags: EpollFlags) -> EpollEvent {
+        let data = match self {
+            Self::Wire => 0,
+            Self::Source => 1,
+            Self::Memory(child) => 2 << 32 | u64::from(child),
+            Self::Lifeline(child) => 3 << 32 | u64::from(child),
+        };
+        EpollEvent::new(flags, data)
+    }
+
+    fn of(event: &EpollEvent) -> Self {
+        let child = event.data() as u32;
+        match (event.data() >> 32, child) {
+            (2, child) => Self::Memory(child),
+            (3, child) => Self::Lifeline(child),
+            (_, 1) => Self::Source,
+            _ => Self::Wire,
+        }
+    }
+}
+
+struct Server {
+    wire: Wire,
+    pager: Pager,
+    journal: Journal,
+    epoll: Epoll,
+    lifelines: BTreeMap<ChildId, Wire>,
+    /// The source waits to hear that it may be paused.
+    arming: bool,
+}
+
+impl Server {
+    fn begin(wire: Wire) -> Result<Self, ServeError> {
+        let (request, fds) = wire.receive(PATIENCE)?;
+        let Request::Begin { mappings, limit, needed } = request else {
+            return Err(ServeError::Beginning("another request"));
+        };
+        let [uffd, ram, store, journal]: [OwnedFd; 4] =
+            fds.try_into().map_err(|_| ServeError::Beginning("descriptors are missing"))?;
+        let uffd = Userfault::of_another(uffd)?;
+        let store = Store::new(File::from(store), limit).map_err(PagerError::from)?;
+        let journal = File::from(journal);
+        let map = |file| Journal::new(file).map_err(ServeError::System);
+        let mut pager = Pager::new(File::from(ram), uffd, mappings, store, map(&journal)?)?;
+        pager.set_needed(needed);
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&wire, Token::Wire.event(EpollFlags::EPOLLIN))?;
+        if let Some(source) = pager.source() {
+            epoll.add(source, Token::Source.event(EpollFlags::EPOLLIN))?;
+        }
+        wire.send(&Response::Done, &[])?;
+        Ok(Self { wire, pager, journal: map(&journal)?, epoll, lifelines: BTreeMap::new(), arming: false })
+    }
+
+    fn run(&mut self) -> Result<(), ServeError> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let mut source_lives = true;
+        while source_lives || !self.lifelines.is_empty() {
+            let timeout = if self.pager.busy() { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+            let ready = match self.epoll.wait(&mut events, timeout) {
+                Err(Errno::EINTR) => 0,
+                ready => ready?,
+            };
+            self.journal.beat();
+            self.pager.step()?;
+            for event in &events[..ready] {
+                match Token::of(event) {
+                    // Answered by every step.
+                    Token::Source => (),
+                    Token::Wire => source_lives = self.hear_source()?,
+                    Token::Memory(child) => drop(self.pager.serve_child(child)?),
+                    // A child says nothing: whatever it is, it is its end.
+                    Token::Lifeline(child) => {
+                        self.forget(child);
+                        self.answer(&Response::Notice(Notice::Gone(child)));
+                    }
+                }
+            }
+            if self.arming
+                && let Some(armed) = self.pager.armed()
+            {
+                self.arming = false;
+                self.answer(&Response::Armed(armed));
+            }
+            self.tell();
+        }
+        Ok(())
+    }
+
+    /// Obeys what the source says. False if it is gone.
+    fn hear_source(&mut self) -> Result<bool, ServeError> {
+        loop {
+            match self.wire.try_receive::<Request>() {
+                Ok(Some((request, fds))) => self.obey(request, fds),
+                Ok(None) => return Ok(true),
+                Err(WireError::Closed) => {
+                    // Its children have all of its memory; nobody writes to it any more.
+                    let _ = self.epoll.delete(&self.wire);
+                    self.leave_source();
+                    return Ok(false);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn leave_source(&mut self) {
+        if let Some(source) = self.pager.source() {
+            let _ = self.epoll.delete(source);
+        }
+        self.pager.leave_source();
+    }
+
+    fn obey(&mut self, request: Request, fds: Vec<OwnedFd>) {
+        let refused = |e: &dyn std::fmt::Display| Response::Refused(e.to_string());
+        let response = match request {
+            Request::Begin { .. } => Response::Refused("it has begun already".into()),
+            Request::Adopt { child, mappings } => {
+                self.adopt(child, mappings, fds).map_or_else(Response::Refused, |()| Response::Done)
+            }
+            Request::Arm => match self.pager.arm() {
+                Ok(()) => {
+                    self.arming = true;
+                    return;
+                }
+                Err(e) => refused(&e),
+            },
+            Request::Freeze { children } => self.pager.freeze(&children).map_or_else(|e| refused(&e), Response::Frozen),
+            Request::Abandon => {
+                self.arming = false;
+                self.pager.abandon();
+                Response::Done
+            }
+            Request::Forget { child } => {
+                self.forget(child);
+                Response::Done
+            }
+            Request::Counters => Response::Counters(self.pager.counters(), self.pager.generations().collect()),
+            // The pulse has been given.
+            Request::Ping => return,
+        };
+        self.answer(&response);
+    }
+
+    fn adopt(&mut self, child: ChildId, mappings: crate::mappings::Mappings, fds: Vec<OwnedFd>) -> Result<(), String> {
+        let [uffd, lifeline]: [OwnedFd; 2] = fds.try_into().map_err(|_| "descriptors are missing")?;
+        let uffd = Userfault::of_another(uffd).map_err(|e| e.to_string())?;
+        self.pager.adopt(child, uffd, mappings).map_err(|e| e.to_string())?;
+        let lifeline = Wire::from(lifeline);
+        let memory =
+            self.pager.child(child).map(|uffd| self.epoll.add(uffd, Token::Memory(child).event(EpollFlags::EPOLLIN)));
+        let life = self.epoll.add(&lifeline, Token::Lifeline(child).event(EpollFlags::EPOLLIN));
+        self.lifelines.insert(child, lifeline);
+        if let Err(e) = memory.unwrap_or(Ok(())).and(life) {
+            self.forget(child);
+            return Err(e.to_string());
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, child: ChildId) {
+        // Closing a descriptor takes it out only if it is the last one, and the child has another.
+        if let Some(uffd) = self.pager.child(child) {
+            let _ = self.epoll.delete(uffd);
+        }
+        self.pager.forget(child);
+        if let Some(lifeline) = self.lifelines.remove(&child) {
+            let _ = self.epoll.delete(lifeline.as_fd());
+        }
+    }
+
+    /// Passes on what has happened.
+    fn tell(&mut self) {
+        let notices: Vec<_> = self.pager.notices().collect();
+        for notice in notices {
+            match &notice {
+                Notice::Lost(child, lost) => {
+                    // It waits in vain from now on; that it has ended is noticed by its lifeline.
+                    if let Some(uffd) = self.pager.child(*child) {
+                        let _ = self.epoll.delete(uffd);
+                    }
+                    if let Some(lifeline) = self.lifelines.get(child) {
+                        let _ = lifeline.send(&LastWord { why: lost.to_string() }, &[]);
+                    }
+                }
+                Notice::Gone(child) => self.forget(*child),
+                Notice::SourceGone | Notice::Idle { .. } => (),
+            }
+            self.answer(&Response::Notice(notice));
+        }
+    }
+
+    /// Sends what the source may be too dead to hear.
+    fn answer(&self, response: &Response) {
+        let _ = self.wire.send(response, &[]);
+    }
+}

@@ -1,0 +1,418 @@
+//! The source's side of its page server, and what saves the source from it.
+//!
+//! ```text
+//!  supervisor, fork thread ── request ──▶ wire ──▶ civic-pager
+//!                          ◀─ answer ── watchdog thread ◀── wire
+//!                                          │ every quarter of a second, while there are children: Ping; has the pulse moved?
+//!                                          └─ no, or the process is gone:
+//!        kill it ─▶ end the children ─▶ put the page in flight back ─▶ lift every protection ─▶ tell the owner
+//! ```
+//!
+//! The page server is killed before anything is undone, so that one that was only stopped cannot go on behind our back; the children
+//! are given a moment to say why they end and are killed then, so that none sees what the source writes afterwards. Only then the
+//! source's memory is let go. It keeps a descriptor of its userfaultfd, of the store and of the journal for that. Left to itself the
+//! kernel would let whoever waits go on, and a page that had just been punched out would be lost.
+//!
+//! What the source waits for at most, if its page server stops: [`PULSE`] twice, and [`LAST_WORDS`], and the deaths.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::mappings::Mappings;
+use crate::pager::journal::Journal;
+use crate::pager::protocol::{Request, Response};
+use crate::pager::{Armed, ChildId, Counters, FEATURES, GenerationId, Notice};
+use crate::ram::{PAGE, Ram};
+use crate::uffd::{UffdError, Userfault};
+use crate::wire::{Wire, WireError};
+
+/// How often the page server has to show that it is well, and how long it may take.
+const PULSE: Duration = Duration::from_millis(250);
+/// How long children may take to end by themselves when the page server is gone.
+const LAST_WORDS: Duration = Duration::from_millis(250);
+/// How long a process may take to end once it is killed. What lasts longer hangs in the kernel.
+const DEATH: Duration = Duration::from_secs(5);
+/// How long an answer may take that needs no waiting for the guest.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How long the source stays paused for an answer.
+const PAUSED: Duration = Duration::from_millis(500);
+
+/// Why the page server does not do what it is asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// It is not there any more. The source goes on without.
+    #[error("the page server has ended: {0}")]
+    Ended(String),
+    /// It does not want to.
+    #[error("the page server refuses: {0}")]
+    Refused(String),
+    /// It takes too long.
+    #[error("the page server does not answer")]
+    Silent,
+    /// It cannot be talked with.
+    #[error("cannot talk with the page server")]
+    Wire(#[from] WireError),
+    /// Guest memory cannot be watched.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    /// The system refuses.
+    #[error("cannot set up the page server")]
+    System(#[from] io::Error),
+}
+
+/// What the owner hears, on the watchdog's thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// From the page server.
+    Notice(Notice),
+    /// It has ended, for this reason; its children with it. The source is as it was before.
+    Ended(String),
+}
+
+/// A process that is watched by its pidfd.
+#[derive(Debug)]
+struct Process(OwnedFd);
+
+impl Process {
+    /// The one at the other end of `wire`.
+    fn of(wire: &Wire) -> io::Result<Self> {
+        let pid = wire.peer()?;
+        let process = Self::open(pid)?;
+        // Its number could have been another's in the meantime only if it had ended; then the connection is closed.
+        let mut hung = [PollFd::new(wire.as_fd(), PollFlags::empty())];
+        poll(&mut hung, PollTimeout::ZERO)?;
+        match hung[0].revents() {
+            Some(flags) if flags.contains(PollFlags::POLLHUP) => Err(io::ErrorKind::NotConnected.into()),
+            _ => Ok(process),
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn open(pid: i32) -> io::Result<Self> {
+        // SAFETY: the call takes its arguments by value and touches no memory of ours.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        // SAFETY: the kernel has just made this descriptor for us; it is nobody else's, and fits an i32.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+    }
+
+    #[allow(unsafe_code)]
+    fn kill(&self) {
+        let fd = self.0.as_raw_fd();
+        // SAFETY: the call takes its arguments by value, but for the null pointer that stands for "as kill(2) does". One that has
+        // ended needs no killing.
+        let _ = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, std::ptr::null::<u8>(), 0) };
+    }
+
+    /// Whether it has ended by `deadline`.
+    fn ends_by(&self, deadline: Instant) -> bool {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) => return false,
+                Ok(_) => return true,
+                Err(Errno::EINTR) => (),
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+/// What requests and the watchdog share. Lock order: `inner` is a leaf, not held while waiting.
+struct Shared {
+    wire: Wire,
+    process: Process,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// Who waits for the answer to the last request.
+    waiting: Option<Sender<Response>>,
+    children: BTreeMap<ChildId, Process>,
+    /// Why there is no page server any more.
+    ended: Option<String>,
+    /// Whether the watchdog is to end.
+    closing: bool,
+}
+
+impl Shared {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A page server, seen from its source. Dropped, it is told to go; children that it still has keep it alive for themselves.
+pub struct PageServer {
+    shared: Arc<Shared>,
+    /// One request at a time.
+    turn: Mutex<()>,
+    watchdog: Option<JoinHandle<()>>,
+}
+
+impl PageServer {
+    /// Has the process at the other end of `wire` serve `ram`, with a store of at most `limit` pages. `needed` is what the last
+    /// [`Notice::Idle`] said. `event` is called by the watchdog's thread and must not wait for a request to this.
+    ///
+    /// # Errors
+    /// When the kernel has no userfaultfd for us, or the other end is no page server.
+    pub fn begin(
+        wire: Wire,
+        ram: Arc<Ram>,
+        limit: u32,
+        needed: Vec<(u32, u32)>,
+        event: impl FnMut(Event) + Send + 'static,
+    ) -> Result<Self, SourceError> {
+        let uffd = Userfault::open(FEATURES)?;
+        let memfd = |name| memfd_create(name, MFdFlags::MFD_CLOEXEC).map(File::from).map_err(io::Error::from);
+        let (store, log) = (memfd(c"civic-store")?, memfd(c"civic-journal")?);
+        let journal = Journal::new(&log)?;
+        let process = Process::of(&wire)?;
+        let begin = Request::Begin { mappings: ram.mappings().clone(), limit, needed };
+        wire.send(&begin, &[uffd.as_fd(), ram.memfd().as_fd(), store.as_fd(), log.as_fd()])?;
+        match wire.receive(ANSWER)?.0 {
+            Response::Done => (),
+            other => return Err(SourceError::Refused(format!("{other:?}"))),
+        }
+        let inner = Inner { waiting: None, children: BTreeMap::new(), ended: None, closing: false };
+        let shared = Arc::new(Shared { wire, process, inner: Mutex::new(inner) });
+        let saved = Saved { uffd, ram, store, journal };
+        let watched = Arc::clone(&shared);
+        let watchdog = std::thread::Builder::new().name("pager-watchdog".into());
+        let watchdog = watchdog.spawn(move || Watchdog { shared: watched, saved, event }.run())?;
+        Ok(Self { shared, turn: Mutex::new(()), watchdog: Some(watchdog) })
+    }
+
+    /// Makes a process that waits one of its children. `link` leads to that process, `lifeline` is the page server's end of a pair of
+    /// which the child has the other.
+    pub fn adopt(
+        &self,
+        child: ChildId,
+        link: &Wire,
+        uffd: &Userfault,
+        mappings: Mappings,
+        lifeline: &Wire,
+    ) -> Result<(), SourceError> {
+        let process = Process::of(link)?;
+        let adopt = Request::Adopt { child, mappings };
+        let done = match self.ask(&adopt, &[uffd.as_fd(), lifeline.as_fd()], ANSWER)? {
+            Response::Done => Ok(()),
+            other => Err(refusal(other)),
+        };
+        if done.is_ok() {
+            self.shared.inner().children.insert(child, process);
+        }
+        done
+    }
+
+    /// Protects the memory while the machine runs. Returns when it may be paused.
+    pub fn arm(&self) -> Result<Armed, SourceError> {
+        // As long as memory is large; the watchdog sees to it that it does not stop.
+        match self.ask(&Request::Arm, &[], Duration::from_secs(60))? {
+            Response::Armed(armed) => Ok(armed),
+            other => Err(refusal(other)),
+        }
+    }
+
+    /// The fork point: the machine is paused.
+    pub fn freeze(&self, children: Vec<ChildId>) -> Result<GenerationId, SourceError> {
+        match self.ask(&Request::Freeze { children }, &[], PAUSED)? {
+            Response::Frozen(generation) => Ok(generation),
+            other => Err(refusal(other)),
+        }
+    }
+
+    /// There will be no fork after all.
+    pub fn abandon(&self) -> Result<(), SourceError> {
+        self.ask(&Request::Abandon, &[], ANSWER).map(drop)
+    }
+
+    /// A child is not wanted any more.
+    pub fn forget(&self, child: ChildId) -> Result<(), SourceError> {
+        self.shared.inner().children.remove(&child);
+        self.ask(&Request::Forget { child }, &[], ANSWER).map(drop)
+    }
+
+    /// What it has done, and the generations that live with the pages that each keeps.
+    pub fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError> {
+        match self.ask(&Request::Counters, &[], ANSWER)? {
+            Response::Counters(counters, generations) => Ok((counters, generations)),
+            other => Err(refusal(other)),
+        }
+    }
+
+    /// Whether it still serves.
+    pub fn lives(&self) -> bool {
+        self.shared.inner().ended.is_none()
+    }
+
+    fn ask(
+        &self,
+        request: &Request,
+        fds: &[std::os::fd::BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Response, SourceError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = self.listen()?;
+        if let Err(e) = self.shared.wire.send(request, fds) {
+            self.shared.inner().waiting = None;
+            return Err(e.into());
+        }
+        match answer.recv_timeout(limit) {
+            Ok(response) => Ok(response),
+            Err(RecvTimeoutError::Disconnected) => Err(self.ended()),
+            Err(RecvTimeoutError::Timeout) => {
+                // Its answer would be taken for another's: it has had its chance.
+                self.shared.process.kill();
+                Err(SourceError::Silent)
+            }
+        }
+    }
+
+    fn listen(&self) -> Result<Receiver<Response>, SourceError> {
+        let (tell, answer) = channel();
+        let mut inner = self.shared.inner();
+        match &inner.ended {
+            Some(why) => Err(SourceError::Ended(why.clone())),
+            None => {
+                inner.waiting = Some(tell);
+                Ok(answer)
+            }
+        }
+    }
+
+    fn ended(&self) -> SourceError {
+        SourceError::Ended(self.shared.inner().ended.clone().unwrap_or_else(|| "it is being closed".into()))
+    }
+}
+
+fn refusal(response: Response) -> SourceError {
+    match response {
+        Response::Refused(why) | Response::Failed(why) => SourceError::Refused(why),
+        other => SourceError::Refused(format!("it answers {other:?}")),
+    }
+}
+
+impl Drop for PageServer {
+    fn drop(&mut self) {
+        self.shared.inner().closing = true;
+        // Ends the watchdog's wait, and tells the page server that the source is gone.
+        let _ = nix::sys::socket::shutdown(self.shared.wire.as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        if let Some(watchdog) = self.watchdog.take() {
+            let _ = watchdog.join();
+        }
+    }
+}
+
+/// What the source needs to do without its page server.
+struct Saved {
+    uffd: Userfault,
+    ram: Arc<Ram>,
+    store: File,
+    journal: Journal,
+}
+
+impl Saved {
+    /// Puts back the page in flight, and lets everybody write. The page server is dead.
+    fn take_over(&self) -> Result<(), SourceError> {
+        let mappings = self.ram.mappings();
+        if let Some(in_flight) = self.journal.in_flight() {
+            let mut page = vec![0; PAGE];
+            self.store.read_exact_at(&mut page, in_flight.slot.offset())?;
+            self.uffd.copy(mappings, u64::from(in_flight.page) * PAGE as u64, &page)?;
+        }
+        // Takes the protection off and wakes who waits, for a write or for a hole. What is not watched any more is passed over.
+        Ok(self.uffd.unregister(mappings)?)
+    }
+}
+
+struct Watchdog<F> {
+    shared: Arc<Shared>,
+    saved: Saved,
+    event: F,
+}
+
+impl<F: FnMut(Event)> Watchdog<F> {
+    fn run(mut self) {
+        let why = self.watch();
+        if self.shared.inner().closing {
+            return;
+        }
+        self.shared.process.kill();
+        if !self.shared.process.ends_by(Instant::now() + DEATH) {
+            // It hangs in the kernel. It does nothing any more, so it is as good as dead.
+            tracing::error!("the page server does not end although it was killed");
+        }
+        self.end_children();
+        if let Err(e) = self.saved.take_over() {
+            tracing::error!("guest memory cannot be let go: {e}");
+        }
+        let mut inner = self.shared.inner();
+        inner.ended = Some(why.clone());
+        inner.waiting = None;
+        drop(inner);
+        (self.event)(Event::Ended(why));
+    }
+
+    /// Passes on what the page server says, until it is not well. Returns why.
+    fn watch(&mut self) -> String {
+        let mut checked = Instant::now();
+        let mut pulse = self.saved.journal.pulse();
+        let mut asked = false;
+        loop {
+            match self.shared.wire.receive::<Response>(PULSE) {
+                Ok((Response::Notice(notice), _)) => {
+                    if let Notice::Gone(child) = &notice {
+                        self.shared.inner().children.remove(child);
+                    }
+                    (self.event)(Event::Notice(notice));
+                }
+                Ok((Response::Failed(why), _)) => return why,
+                Ok((response, _)) => {
+                    if let Some(waiting) = self.shared.inner().waiting.take() {
+                        let _ = waiting.send(response);
+                    }
+                }
+                Err(WireError::Timeout(_)) => (),
+                Err(WireError::Closed) => return "its process has ended".into(),
+                Err(e) => return e.to_string(),
+            }
+            if checked.elapsed() < PULSE {
+                continue;
+            }
+            let now = self.saved.journal.pulse();
+            if asked && now == pulse {
+                return format!("it has done nothing for {:?}", checked.elapsed());
+            }
+            (checked, pulse) = (Instant::now(), now);
+            asked = !self.shared.inner().children.is_empty();
+            if asked && self.shared.wire.send(&Request::Ping, &[]).is_err() {
+                return "its process has ended".into();
+            }
+        }
+    }
+
+    /// Waits for the children to end, and has them end.
+    fn end_children(&self) {
+        let children = std::mem::take(&mut self.shared.inner().children);
+        let deadline = Instant::now() + LAST_WORDS;
+        let (_, stay): (Vec<_>, Vec<_>) = children.into_values().partition(|child| child.ends_by(deadline));
+        for child in &stay {
+            child.kill();
+        }
+        let deadline = Instant::now() + DEATH;
+        for child in &stay {
+            child.ends_by(deadline);
+        }
+    }
+}
