@@ -341,7 +341,10 @@ fn check_processors(vm: &mut Vm, spec: &Spec) -> Result<()> {
     let guest: u64 = vm.sh("date +%s")?.trim().parse().context("date")?;
     // A busy host takes its time over the command; the guest must have looked at its clock meanwhile.
     let after = now()?;
-    ensure!((before - 2..=after + 2).contains(&guest), "the guest's clock says {guest}, the host's {before} to {after}");
+    ensure!(
+        (before - 2..=after + 2).contains(&guest),
+        "the guest's clock says {guest}, the host's {before} to {after}"
+    );
     Ok(())
 }
 
