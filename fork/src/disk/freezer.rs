@@ -168,9 +168,12 @@ impl Freezer {
         fence(Ordering::Release);
     }
 
-    /// Whether a generation needs what the disk has in `range`: then giving it up, where that is only a hint, costs a copy.
+    /// Whether a generation needs what the disk has in `range`: then giving it up, where that is only a hint, costs a copy. If not, it
+    /// may change as after [`Freezer::before_write`].
     pub fn needs(&self, range: Range<u64>) -> bool {
-        self.lacking(range.start / CLUSTER, &range).is_some()
+        let needs = self.lacking(range.start / CLUSTER, &range).is_some();
+        fence(Ordering::Release);
+        needs
     }
 
     /// What the store holds.

@@ -1,4 +1,5 @@
 mod layers;
+mod model;
 mod processes;
 mod races;
 mod reflinks;
@@ -282,8 +283,29 @@ fn a_disk_that_nobody_writes_needs_no_generation() {
     file.write_all_at(&[5; 3000], 0).unwrap();
     let frozen = FrozenFile::open(FrozenParts::of_read_only(&file).unwrap()).unwrap();
     assert_eq!((all(&frozen), frozen.lost()), (vec![5; 3000], None));
-    // Its writers, if there are any, can be kept off.
-    frozen.keep_writers_off().unwrap();
+}
+
+#[test]
+fn a_child_can_outlive_its_source_and_keep_others_off_the_file() {
+    let lock = |file: &File| {
+        let whole = libc::flock { l_type: libc::F_WRLCK as libc::c_short, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+        nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)).map(drop)
+    };
+    let named = tempfile::NamedTempFile::new().unwrap();
+    let source = Source::over(named.reopen().unwrap(), 1 << 30);
+    lock(&source.file).unwrap();
+    source.fill(1, 0..4);
+    let generation = source.freezer.freeze().unwrap();
+    source.fill(2, 1..2);
+    let child = open(&generation);
+    let before = all(&child);
+    assert_eq!(child.keep_writers_off().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    // The source dies: nothing of it is left, and nobody ends the generation.
+    std::mem::forget(generation);
+    drop(source.file);
+    child.keep_writers_off().unwrap();
+    assert!(lock(&named.reopen().unwrap()).is_err());
+    assert!(all(&child) == before);
 }
 
 /// What may happen to a source, by random numbers.
