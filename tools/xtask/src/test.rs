@@ -101,8 +101,8 @@ pub fn run(args: &Args) -> Result<bool> {
         step("unit tests", &mut || {
             cargo(&["test", "--quiet", "--workspace", "--exclude", "civic-tests", "--"], &tests)
         });
-        let own = ["test", "--quiet", "-p", "civic-tests", "--lib", "--test", "arrows", "--"];
-        step("crate arrows and test harness", &mut || cargo(&own, &tests));
+        let own = ["test", "--quiet", "-p", "civic-tests", "--lib", "--test", "arrows", "--test", "frozen_disks", "--"];
+        step("crate arrows, frozen disks and test harness", &mut || cargo(&own, &tests));
     }
     if args.wants(Part::Fuzz) {
         step("fuzz targets", &mut || fuzz::all(FUZZ_SECONDS));
