@@ -36,7 +36,7 @@ use imago::raw::Raw;
 use imago::{FormatAccess, Mapping};
 
 use super::disk::{self, DiskError, Place};
-use super::image_file::ImageFile;
+use super::image_file::{HEADER, ImageFile};
 use super::job::{Action, Target};
 use super::watch::HostFile;
 use crate::virtio::held::HeldAreas;
@@ -95,7 +95,9 @@ impl Image {
         let Some(lease) = Lease::try_new(self) else { return Ok(by_itself()) };
         let (mapping, length) = self.guarded(|| self.access.get_mapping(offset, len))?;
         Ok(match mapping {
-            Mapping::Raw { storage, offset, writable, .. } if length > 0 && (writable || !write) => {
+            Mapping::Raw { storage, offset, writable, .. }
+                if length > 0 && (!write || writable && offset >= HEADER) =>
+            {
                 // A write that only in part has its place is better allocated as a whole.
                 if write && length < len {
                     return Ok(by_itself());
@@ -166,6 +168,9 @@ impl Image {
         while !areas.is_empty() {
             let mapping = self.access.prepare_data_mapping(offset, areas.len() as u64, true)?;
             let len = mapping.length();
+            if mapping.offset() < HEADER {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "the image has data in its own header"));
+            }
             let mut part = areas.take(usize::try_from(len).unwrap_or(usize::MAX));
             let file = mapping.storage().share();
             file.watch.before_write(mapping.offset(), part.len() as u64);
@@ -207,18 +212,28 @@ fn or_not_supported(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Refuses a qcow2 image that does not say that its own first cluster is taken. imago would allocate that one for the
-/// missing reference counts, and then look for them without end.
+/// Refuses a qcow2 image that does not say that its own first cluster is taken. imago would use that one for what it needs
+/// next, which [`ImageFile`] does not allow: nothing could be written that has no place yet.
 fn counts_itself(file: &File) -> io::Result<()> {
     let word = |at: u64| {
         let mut bytes = [0; 8];
         file.read_exact_at(&mut bytes, at).map(|()| u64::from_be_bytes(bytes))
     };
-    // The header's refcount_table_offset, and that table's first entry without its reserved bits.
-    if word(word(48)?)? & !0x1ff == 0 {
+    // The header's version, refcount_table_offset, refcount_table_clusters and refcount_order, which version 2 does not have.
+    let (version, table, clusters) = (word(0)? as u32, word(48)?, word(56)? >> 32);
+    let order = if version > 2 { word(96)? >> 32 } else { 4 };
+    // The table's first entry without its reserved bits. Of counts shorter than a byte the first is in a byte's lowest bits.
+    let counts = if table != 0 && clusters != 0 { word(table)? & !0x1ff } else { 0 };
+    let first = if counts == 0 { 0 } else { word(counts)? };
+    let count = match order {
+        0..3 => first >> 56 & ((1 << (1 << order)) - 1),
+        3..6 => first >> (64 - (1 << order)),
+        _ => first,
+    };
+    if count == 0 {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "it has no reference counts (qemu-img check -r all may help)",
+            "its reference counts are missing, or say that its header is free (qemu-img check -r all may help)",
         ));
     }
     Ok(())

@@ -1,6 +1,10 @@
 //! A file as `imago` sees it: for an image's metadata, and what it copies within the image.
 //!
 //! imago has storage of its own for files, but that lets a sync keep all others waiting, and it opens without locks.
+//!
+//! Invariant: what makes the file an image stays. Where an image does not count its own header as taken, imago would put there
+//! what it needs next. Were that reference counts, imago would forget them at once, since offset zero means that there are none,
+//! and look for them until its stack is used up.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -17,6 +21,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::watch::HostFile;
+
+/// How a qcow2 image begins.
+const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// What lies before this is of the image's first cluster, however short its clusters are: the header's, never data.
+pub const HEADER: u64 = 512;
 
 /// Zeroes to write.
 static ZEROES: [u8; 65536] = [0; 65536];
@@ -40,7 +49,19 @@ impl ImageFile {
         Arc::clone(&self.file)
     }
 
+    /// Refuses to have `len` bytes at `offset` overwritten with `bytes`, or with nothing that is known, where the image begins.
+    fn spares_header(&self, offset: u64, len: u64, bytes: &[u8]) -> io::Result<()> {
+        let at = usize::try_from(offset).unwrap_or(usize::MAX).min(MAGIC.len());
+        let there = &MAGIC[at..];
+        if len == 0 || there.is_empty() || bytes.len() >= there.len() && bytes.starts_with(there) {
+            return Ok(());
+        }
+        let why = format!("{} counts its own header as free (qemu-img check -r all may help)", self.path.display());
+        Err(io::Error::new(io::ErrorKind::InvalidData, why))
+    }
+
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.spares_header(offset, len, &[])?;
         self.file.watch.before_write(offset, len);
         let place = |n: u64| libc::off_t::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         match fallocate(&*self.file, FallocateFlags::FALLOC_FL_ZERO_RANGE, place(offset)?, place(len)?) {
@@ -100,6 +121,7 @@ impl Storage for ImageFile {
 
     unsafe fn pure_writev(&self, areas: IoVector<'_>, mut offset: u64) -> io::Result<()> {
         for area in areas.into_inner() {
+            self.spares_header(offset, area.len() as u64, &area)?;
             self.file.watch.before_write(offset, area.len() as u64);
             self.file.write_all_at(&area, offset)?;
             offset += area.len() as u64;
@@ -116,6 +138,7 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.spares_header(offset, len, &[])?;
         if self.file.watch.needs(offset, len) {
             // The space stays taken.
             return Ok(());

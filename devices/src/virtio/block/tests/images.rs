@@ -214,6 +214,66 @@ fn images_that_lead_astray_are_refused() {
     assert!(matches!(open(&folder.path("base"), false), Err(DiskError::Size { .. })));
 }
 
+/// The big-endian number at `at`.
+fn number(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().unwrap())
+}
+
+#[test]
+fn an_image_that_counts_its_header_as_free_is_refused() {
+    let folder = Folder::new();
+    for (version, bits) in [("0.10", 16), ("1.1", 1), ("1.1", 8), ("1.1", 16), ("1.1", 64)] {
+        let options = format!("compat={version},refcount_bits={bits}");
+        let path = folder.create("disk", &["-o", &options], 1 << 20);
+        drop(Disk::open(&path, QCOW2).unwrap());
+        let whole = std::fs::read(&path).unwrap();
+        let counts = number(&whole, number(&whole, 48)) as usize;
+        for (at, without) in [(48, &[0; 8][..]), (56, &[0; 4]), (counts, &vec![0; 8_usize.min(bits)])] {
+            let mut bytes = whole.clone();
+            // Of the bits in the first byte the lowest is the header's.
+            let kept = if bits == 1 && at == counts { bytes[at] & !1 } else { 0 };
+            bytes[at..at + without.len()].copy_from_slice(without);
+            bytes[at] = kept;
+            std::fs::write(&path, &bytes).unwrap();
+            let refused = Disk::open(&path, QCOW2);
+            let said = |error: &DiskError| match error {
+                DiskError::Image { source, .. } => source.to_string().contains("reference counts"),
+                _ => false,
+            };
+            assert!(refused.as_ref().is_err_and(said), "{options}, {at}: {refused:?}");
+            // Nobody allocates anything there.
+            Disk::open(&path, DiskOptions { read_only: true, ..QCOW2 }).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_image_that_comes_to_count_its_header_as_free_keeps_it() {
+    let folder = Folder::new();
+    let raw = File::create(folder.path("raw")).unwrap();
+    raw.write_all_at(&[5; 1 << 16], 0).unwrap();
+    raw.set_len(4 << 20).unwrap();
+    let (raw, disk) = (folder.text("raw"), folder.text("disk"));
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096", &raw, &disk]);
+    let mut bytes = std::fs::read(folder.path("disk")).unwrap();
+    let clusters = (number(&bytes, number(&bytes, 40)) & ((1 << 56) - 512)) as usize;
+    // The first cluster is compressed in the image's header, where it is freed once it is overwritten; the second is nowhere.
+    let entries = [(1_u64 << 62).to_be_bytes(), [0; 8]].concat();
+    bytes[clusters..clusters + entries.len()].copy_from_slice(&entries);
+    // For one, data are wanted in its place; for the other first a table.
+    for sector in [8, 4096] {
+        std::fs::write(folder.path("disk"), &bytes).unwrap();
+        let mut setup = Setup::new(Disk::open(&folder.path("disk"), QCOW2).unwrap(), 1 << VIRTIO_BLK_F_FLUSH);
+        let mut write = |sector| {
+            setup.status(&[Part::Say(&header(VIRTIO_BLK_T_OUT, sector)), Part::Say(&[7; 4096]), Part::Room(1)])
+        };
+        assert_eq!((write(0), write(sector)), (OK, IOERR));
+        assert_eq!(write(16), OK, "what has its place can be written");
+        drop(setup);
+        assert_eq!(std::fs::read(folder.path("disk")).unwrap()[..512], bytes[..512]);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
