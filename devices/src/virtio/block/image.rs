@@ -67,7 +67,8 @@ impl Image {
         if !read_only {
             counts_itself(&file).map_err(unfit)?;
         }
-        let open = || open_chain(ImageFile::new(file, path), path, !read_only, backing, 0);
+        let file = ImageFile::new(file, path).map_err(unfit)?;
+        let open = || open_chain(file, path, !read_only, backing, 0);
         let qcow2 = catch_unwind(AssertUnwindSafe(open)).map_err(|_| unfit(panicked()))??;
         Ok(Self { access: FormatAccess::new(qcow2), gate: Gate::default(), broken: AtomicBool::new(false) })
     }
@@ -102,8 +103,11 @@ impl Image {
                 if write && length < len {
                     return Ok(by_itself());
                 }
+                // Where the file ended once it may end, but not before.
+                let sure = storage.original_len().saturating_sub(offset);
+                let (length, padded) = if write || sure == 0 { (length, true) } else { (length.min(sure), false) };
                 let target = Target::File(storage.share());
-                Place::There { target, offset, len: length, padded: true, lease: Some(lease) }
+                Place::There { target, offset, len: length, padded, lease: Some(lease) }
             }
             Mapping::Zero { .. } if !write && length > 0 => Place::Zeroes(length),
             _ => by_itself(),
@@ -265,7 +269,7 @@ fn open_chain(
     }
     let base = path.parent().unwrap_or(Path::new("")).join(&name);
     let format = image.implicit_backing_format().cloned();
-    let lower = ImageFile::new(disk::open_file(&base, true)?, &base);
+    let lower = ImageFile::new(disk::open_file(&base, true)?, &base).map_err(unfit)?;
     let lower = match format.as_deref() {
         Some("qcow2") => FormatAccess::new(open_chain(lower, &base, false, true, depth + 1)?),
         Some("raw" | "file") => FormatAccess::new(Raw::open_image(lower, false).map_err(unfit)?),

@@ -12,6 +12,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use imago::Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -35,13 +36,25 @@ static ZEROES: [u8; 65536] = [0; 65536];
 pub struct ImageFile {
     file: Arc<HostFile>,
     path: PathBuf,
+    /// Bytes that it had when it was opened, and keeps unless we shorten it.
+    len: AtomicU64,
     helper: CommonStorageHelper,
 }
 
 impl ImageFile {
     /// `file`, which is at `path`.
-    pub fn new(file: Arc<HostFile>, path: &Path) -> Self {
-        Self { file, path: path.to_owned(), helper: CommonStorageHelper::default() }
+    ///
+    /// # Errors
+    /// When it does not tell its size.
+    pub fn new(file: Arc<HostFile>, path: &Path) -> io::Result<Self> {
+        // Also of block devices. Nothing else uses the file's position.
+        let len = (&**file).seek(SeekFrom::End(0))?;
+        Ok(Self { file, path: path.to_owned(), len: AtomicU64::new(len), helper: CommonStorageHelper::default() })
+    }
+
+    /// Its size in bytes when it was opened: what ends before was cut by somebody else.
+    pub fn original_len(&self) -> u64 {
+        self.len.load(Ordering::Relaxed)
     }
 
     /// The file, for those who know where in it they may write.
@@ -101,6 +114,7 @@ impl Storage for ImageFile {
             let mut rest = &mut area[..];
             while !rest.is_empty() {
                 match self.file.read_at(rest, offset) {
+                    Ok(0) if offset < self.original_len() => return Err(io::ErrorKind::UnexpectedEof.into()),
                     // An image may be shorter than its last cluster.
                     Ok(0) => {
                         rest.fill(0);
@@ -172,6 +186,7 @@ impl Storage for ImageFile {
         match mode {
             PreallocateMode::None | PreallocateMode::Zero => {
                 self.file.watch.before_write(size, u64::MAX);
+                self.len.fetch_min(size, Ordering::Relaxed);
                 self.file.set_len(size)
             }
             _ => Err(io::ErrorKind::Unsupported.into()),

@@ -215,7 +215,7 @@ fn nor_does_what_imago_seldom_does() {
     let keeper = Keeper::new(&disk);
     disk.watch(Some(Arc::clone(&keeper) as _));
     let Target::File(host) = disk.target() else { unreachable!() };
-    let file = image_file::ImageFile::new(host, image.path());
+    let file = image_file::ImageFile::new(host, image.path()).unwrap();
     let len = before.len() as u64;
     let told = || keeper.kept.lock().unwrap().len();
     // SAFETY: nobody else uses the file.

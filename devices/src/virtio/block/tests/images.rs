@@ -214,6 +214,37 @@ fn images_that_lead_astray_are_refused() {
     assert!(matches!(open(&folder.path("base"), false), Err(DiskError::Size { .. })));
 }
 
+#[test]
+fn what_somebody_cuts_off_an_image_or_its_base_is_an_error() {
+    const LOST: u64 = 1 << 10;
+    let folder = Folder::new();
+    let open = || Disk::open(&folder.path("disk"), DiskOptions { backing: true, ..QCOW2 }).unwrap();
+    let ask = |setup: &mut Setup, kind, sector, part: Part<'_>| {
+        let (status, _, offered) = setup.request(&[Part::Say(&header(kind, sector)), part, Part::Room(1)]);
+        (status, setup.driver.queues[0].bytes(offered.parts[1]))
+    };
+    let cut = |name: &str| {
+        let file = File::options().write(true).open(folder.path(name)).unwrap();
+        file.set_len(file.metadata().unwrap().len() / 4).unwrap();
+    };
+    std::fs::write(folder.path("base"), vec![5; 1 << 20]).unwrap();
+    folder.create("disk", &["-b", "base", "-F", "raw"], 1 << 20);
+
+    let mut setup = Setup::new(open(), 0);
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_IN, LOST, Part::Room(512)), (OK, vec![5; 512]));
+    cut("base");
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_IN, LOST, Part::Room(512)).0, IOERR);
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_OUT, LOST, Part::Say(&[7; 512])).0, IOERR, "not all of a cluster");
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_IN, 0, Part::Room(512)), (OK, vec![5; 512]));
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_OUT, LOST, Part::Say(&vec![7; 1 << 16])).0, OK);
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_IN, LOST, Part::Room(512)), (OK, vec![7; 512]));
+    drop(setup);
+
+    let mut setup = Setup::new(open(), 0);
+    cut("disk");
+    assert_eq!(ask(&mut setup, VIRTIO_BLK_T_IN, LOST, Part::Room(512)).0, IOERR);
+}
+
 /// The big-endian number at `at`.
 fn number(bytes: &[u8], at: u64) -> u64 {
     u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().unwrap())
