@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::chains::{INDIRECT, NEXT, WRITE};
 use super::devices::{Known, Part};
-use super::memory::REGIONS;
+use super::memory::{END, REGIONS, is_ram};
 use super::rig::Rig;
 
 /// A queue's rings and indirect tables lie in so much RAM.
@@ -19,7 +19,8 @@ const USED: u64 = 0x2000;
 const TABLES: u64 = 0x3000;
 /// Tables of 16 descriptors each.
 const TABLE: u64 = 0x100;
-const BUFFERS: (u64, u64) = (5 * SPAN, REGIONS[0].1);
+/// Where buffers lie, in turn: from and to.
+const BUFFERS: [(u64, u64); 2] = [(5 * SPAN, REGIONS[0].1), (REGIONS[1].0, END)];
 const VERSION_1: u64 = 1 << 32;
 
 /// A descriptor: address, length, flags, next.
@@ -70,9 +71,9 @@ impl Driver {
             next_table: 0,
             available: state.next_avail,
         };
-        assert!(rig.state().queues.len() as u64 <= BUFFERS.0 / SPAN, "there is no room for so many queues");
+        assert!(rig.state().queues.len() as u64 <= BUFFERS[0].0 / SPAN, "there is no room for so many queues");
         let queues = rig.state().queues.iter().enumerate().map(queue).collect();
-        Self { ram: Arc::clone(&rig.ram), queues, next_buffer: BUFFERS.0 }
+        Self { ram: Arc::clone(&rig.ram), queues, next_buffer: BUFFERS[0].0 }
     }
 
     /// Resets the device and brings it up (virtio 1.2 §3.1.1).
@@ -135,16 +136,16 @@ impl Driver {
         [base, base + AVAIL, base + USED, base + TABLES]
     }
 
-    /// A place for a buffer.
+    /// A place for a buffer: RAM, if there is so much anywhere.
     pub fn buffer(&mut self, len: u32) -> u64 {
         let len = u64::from(len);
-        // Every other round in the upper region.
-        let end = |at: u64| if at < REGIONS[1].0 { BUFFERS.1 } else { REGIONS[1].0 + REGIONS[1].1 };
-        if self.next_buffer + len > end(self.next_buffer) {
-            self.next_buffer = if self.next_buffer < REGIONS[1].0 { REGIONS[1].0 } else { BUFFERS.0 };
-        }
-        let at = self.next_buffer;
-        self.next_buffer = (at + len).min(end(at));
+        let here = usize::from(self.next_buffer >= BUFFERS[1].0);
+        let (start, end) = BUFFERS[here];
+        // What is left here, then the other place, then this one from its start.
+        let fits = |&(at, end): &(u64, u64)| len <= end - at;
+        let places = [(self.next_buffer, end), BUFFERS[1 - here], (start, end)];
+        let (at, end) = places.into_iter().find(fits).unwrap_or(BUFFERS[1 - here]);
+        self.next_buffer = (at + len).min(end);
         at
     }
 
@@ -223,6 +224,8 @@ impl Driver {
                 Part::Room(len) => (self.buffer(*len), *len, true),
             });
         }
+        let sound = parts.iter().all(|&(at, len, _)| is_ram(at, len.into()));
+        assert!(sound, "there is no room for a good request: {parts:x?}");
         let ring = |rig: &Rig| place(&rig.state(), known.queue);
         let (_, before) = ring(rig);
         self.offer(known.queue, &parts, false);
@@ -246,4 +249,21 @@ fn place(state: &VirtioPciStateV1, queue: u16) -> (u64, u16) {
 fn encode((at, len, flags, next): Descriptor) -> [u8; 16] {
     let word = u128::from(at) | u128::from(len) << 64 | u128::from(flags) << 96 | u128::from(next) << 112;
     word.to_le_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_ram_if_there_is_so_much() {
+        let mut driver = Driver::new(&Rig::new(3, false));
+        // Some fit only in the lower place, some only in what is left of none.
+        for len in [1, 66_000, 66_000, 60_000, 60_000, 66_000, 512, 81_920, 65_536, 65_536] {
+            let at = driver.buffer(len);
+            assert!(is_ram(at, len.into()), "{at:#x}+{len:#x}");
+        }
+        driver.buffer(u32::MAX);
+        assert!(is_ram(driver.buffer(512), 512));
+    }
 }

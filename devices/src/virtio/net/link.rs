@@ -54,6 +54,7 @@ impl Offloads {
 
 /// Something that carries frames, each with a header of [`NET_HEADER`](super::NET_HEADER) bytes before it, one per read or
 /// write. A card with several pairs of queues has one for each: different entrances to the same wire.
+/// No frame is empty: to read nothing says that the far side was closed, and is not tried again until the descriptor tells of news.
 pub trait FrameLink: Send + Sync {
     /// Its descriptor, non-blocking. EBADFD from it says that the interface is gone for good.
     fn fd(&self) -> BorrowedFd<'_>;
