@@ -280,6 +280,23 @@ impl Vm {
         Ok(serde_json::from_str(&self.civic(&["info", "--json"])?)?)
     }
 
+    /// What the VM tells of itself, straight from its socket, and when it did so.
+    pub fn look(&self) -> Result<(Instant, VmInfo)> {
+        let mut stream = UnixStream::connect(self.dir().join("api.sock"))?;
+        stream.set_read_timeout(Some(STEP))?;
+        let asked = Instant::now();
+        write!(stream, "GET {} HTTP/1.1\r\nHost: civic\r\nConnection: close\r\n\r\n", routes::INFO)?;
+        let mut answer = vec![0];
+        stream.read_exact(&mut answer)?;
+        // It was looked up on the way.
+        let when = asked + asked.elapsed() / 2;
+        stream.read_to_end(&mut answer)?;
+        let answer = String::from_utf8(answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        ensure!(head.starts_with("HTTP/1.1 200"), "{answer}");
+        Ok((when, serde_json::from_str(body)?))
+    }
+
     /// Runs a shell command in the guest; its output, without the last newline. Fails unless its status is 0.
     pub fn sh(&mut self, command: &str) -> Result<String> {
         self.sh_within(command, STEP)

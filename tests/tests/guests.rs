@@ -4,8 +4,12 @@
 //! Run by `cargo xtask test`, on hardware KVM or in the testbed. The whole matrix of Debian guests takes long on an emulated host:
 //! by default each kernel and image runs Debian once, with the vCPU counts spread over them; `--ignored` adds the rest.
 
+#[path = "guests/limits.rs"]
+mod limits;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -62,6 +66,8 @@ fn main() {
     for kernel in ["6.1-cloud", "6.12-cloud"] {
         trials.push(trial(format!("balloon::{kernel}"), move || balloon(kernel)));
     }
+    trials.push(trial("limits::rates".into(), limits::rates));
+    trials.push(trial("limits::lost_storage".into(), limits::lost_storage));
     trials.push(trial("identity".into(), identity));
     trials.push(trial("memory_above_the_hole".into(), || big_memory("5G", 5)));
     trials.push(trial("memory_of_64_gib".into(), || big_memory("64G", 64)).with_ignored_flag(true));
@@ -278,10 +284,13 @@ fn check_saved(vm: &mut Vm, spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// [`saved_tiny`] with systemd, a file system on the disk, and nginx keeping a connection.
+/// [`saved_tiny`] with systemd, a file system on the disk, nginx keeping a connection, and vsock connections, which are reset.
 fn saved_debian(spec: &Spec, rounds: u32) -> Result<()> {
     let _alone = ROOT_IMAGE.lock().unwrap_or_else(|e| e.into_inner());
-    let mut vm = Vm::start(spec)?;
+    let dir = tempfile::tempdir()?;
+    let uds = dir.path().join("vsock");
+    let vsock = ["--vsock".to_owned(), format!("uds={}", uds.display())];
+    let mut vm = Vm::start(&Spec { more: [&spec.more[..], &vsock].concat(), ..spec.clone() })?;
     vm.sh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain")?;
     vm.sh(&format!("({CLOCK}) & true"))?;
     vm.sh("dd if=/dev/urandom of=/root/data bs=64k count=32 status=none")?;
@@ -291,12 +300,56 @@ fn saved_debian(spec: &Spec, rounds: u32) -> Result<()> {
     )?;
     let mut nginx = KeptConnection::open(vm.tap.guest)?;
     nginx.get()?;
+    let server = UnixListener::bind(format!("{}_{VSOCK_PORT}", uds.display()))?;
     for round in 0..rounds {
+        let connection = Vsock::open(&mut vm, &server)?;
         save_round(&mut vm).with_context(|| format!("round {round}"))?;
+        connection.check_reset(&mut vm).with_context(|| format!("vsock after round {round}"))?;
         nginx.get().with_context(|| format!("nginx after round {round}"))?;
     }
     check_saved(&mut vm, spec)?;
     vm.stop()
+}
+
+const VSOCK_PORT: u32 = 5000;
+
+/// In the guest: connects to the host's port 5000, is greeted, waits for more, and says what it got instead.
+const VSOCK_CLIENT: &str = r#"socket(my $s, 40, 1, 0) or die "socket: $!"; connect($s, pack("S S L L x4", 40, 0, 5000, 2)) or die "connect: $!"; \
+    sysread($s, my $hello, 5); print "$hello\n"; my $got = sysread($s, my $more, 5); print defined $got ? "$got bytes\n" : "$!\n";"#;
+
+/// A connection of the guest's to a program on the host.
+struct Vsock(UnixStream);
+
+impl Vsock {
+    fn open(vm: &mut Vm, server: &UnixListener) -> Result<Self> {
+        use std::io::Write;
+        vm.sh(&format!("modprobe vmw_vsock_virtio_transport; rm -f /tmp/vsock; (perl -e '$| = 1; {VSOCK_CLIENT}' > /tmp/vsock 2>&1) & true"))?;
+        let (mut stream, _) = server.accept()?;
+        stream.write_all(b"hello")?;
+        Self::wait(vm, 1, "hello")?;
+        stream.set_read_timeout(Some(STEP))?;
+        Ok(Self(stream))
+    }
+
+    /// Waits for a line of the guest's.
+    fn wait(vm: &mut Vm, line: usize, wanted: &str) -> Result<()> {
+        let said = vm.sh(&format!(
+            "timeout 120 sh -c 'until [ $(wc -l < /tmp/vsock) -ge {line} ]; do sleep 0.1; done'; cat /tmp/vsock"
+        ))?;
+        ensure!(said.lines().nth(line - 1) == Some(wanted), "the guest's program said:\n{said}");
+        Ok(())
+    }
+
+    /// Both ends were told that the connection is no more.
+    fn check_reset(mut self, vm: &mut Vm) -> Result<()> {
+        use std::io::Read;
+        Self::wait(vm, 2, "Connection reset by peer")?;
+        let mut rest = Vec::new();
+        match self.0.read_to_end(&mut rest) {
+            Err(e) if e.kind() != std::io::ErrorKind::ConnectionReset => Err(e).context("the host's end"),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// One HTTP/1.1 connection to the guest's nginx.
