@@ -10,6 +10,7 @@ pub mod console_hub;
 pub mod counters;
 mod entropy;
 pub mod irq;
+pub mod isolated;
 pub mod pci;
 pub mod serial;
 pub mod tap;
