@@ -133,6 +133,12 @@ pub enum Lost {
         /// What it said.
         why: String,
     },
+    /// It lacks something else.
+    #[error("{why}")]
+    Elsewhere {
+        /// What.
+        why: String,
+    },
     /// Its memory cannot be served.
     #[error("its memory cannot be served: {why}")]
     Unserved {
@@ -746,14 +752,20 @@ impl Pager {
         if e.is_gone() {
             self.notices.push_back(Notice::Gone(id));
             self.forget(id);
-        } else if let Some(child) = self.children.get_mut(&id) {
+        } else {
             let chain = std::iter::successors(Some(&e as &dyn std::error::Error), |e| e.source());
             let why = chain.map(|e| e.to_string()).collect::<Vec<_>>().join(": ");
-            child.of = Of::Lost;
-            self.notices.push_back(Notice::Lost(id, Lost::Unserved { why }));
-            self.drop_unused();
+            self.lose(id, Lost::Unserved { why });
         }
         false
+    }
+
+    /// Gives up a child, which must end.
+    pub fn lose(&mut self, id: ChildId, lost: Lost) {
+        let Some(child) = self.children.get_mut(&id).filter(|child| child.of != Of::Lost) else { return };
+        child.of = Of::Lost;
+        self.notices.push_back(Notice::Lost(id, lost));
+        self.drop_unused();
     }
 
     /// Takes note of how a call about the source went: one that is gone needs no more.

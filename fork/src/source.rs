@@ -3,7 +3,7 @@
 //! ```text
 //!  supervisor, fork thread ── request ──▶ wire ──▶ civic-pager
 //!                          ◀─ answer ── watchdog thread ◀── wire
-//!                                          │ every quarter of a second, while there are children: Ping; has the pulse moved?
+//!                                          │ again and again, while there are children: Ping; has the pulse moved?
 //!                                          └─ no, or the process is gone:
 //!        kill it ─▶ end the children ─▶ put the page in flight back ─▶ lift every protection ─▶ tell the owner
 //! ```
@@ -13,7 +13,8 @@
 //! source's memory is let go. It keeps a descriptor of its userfaultfd, of the store and of the journal for that. Left to itself the
 //! kernel would let whoever waits go on, and a page that had just been punched out would be lost.
 //!
-//! What the source waits for at most, if its page server stops: [`PULSE`] twice, and [`LAST_WORDS`], and the deaths.
+//! What the source waits for at most, if its page server stops: [`PULSE`] twice, [`PATIENCE`], [`LAST_WORDS`], and the deaths: less than a
+//! second. A host that is so slow that a page server which is well does not get to run in that time needs more patience.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -37,8 +38,10 @@ use crate::ram::{PAGE, Ram};
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
 
-/// How often the page server has to show that it is well, and how long it may take.
-const PULSE: Duration = Duration::from_millis(250);
+/// How often the watchdog looks.
+const PULSE: Duration = Duration::from_millis(100);
+/// How long the page server may take to show that it is well, where nobody says otherwise.
+pub const PATIENCE: Duration = Duration::from_millis(500);
 /// How long children may take to end by themselves when the page server is gone.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 /// How long a process may take to end once it is killed. What lasts longer hangs in the kernel.
@@ -90,12 +93,7 @@ impl Process {
         let pid = wire.peer()?;
         let process = Self::open(pid)?;
         // Its number could have been another's in the meantime only if it had ended; then the connection is closed.
-        let mut hung = [PollFd::new(wire.as_fd(), PollFlags::empty())];
-        poll(&mut hung, PollTimeout::ZERO)?;
-        match hung[0].revents() {
-            Some(flags) if flags.contains(PollFlags::POLLHUP) => Err(io::ErrorKind::NotConnected.into()),
-            _ => Ok(process),
-        }
+        if wire.hung_up() { Err(io::ErrorKind::NotConnected.into()) } else { Ok(process) }
     }
 
     #[allow(unsafe_code)]
@@ -142,6 +140,8 @@ struct Inner {
     children: BTreeMap<ChildId, Process>,
     /// Why there is no page server any more.
     ended: Option<String>,
+    /// The memory is not the source's any more.
+    left: bool,
     /// Whether the watchdog is to end.
     closing: bool,
 }
@@ -162,7 +162,7 @@ pub struct PageServer {
 
 impl PageServer {
     /// Has the process at the other end of `wire` serve `ram`, with a store of at most `limit` pages. `needed` is what the last
-    /// [`Notice::Idle`] said. `event` is called by the watchdog's thread and must not wait for a request to this.
+    /// [`Notice::Idle`] said; `patience` how long it may stand still: [`PATIENCE`], mostly. `event` is called by the watchdog's thread and must not wait for a request to this.
     ///
     /// # Errors
     /// When the kernel has no userfaultfd for us, or the other end is no page server.
@@ -171,6 +171,7 @@ impl PageServer {
         ram: Arc<Ram>,
         limit: u32,
         needed: Vec<(u32, u32)>,
+        patience: Duration,
         event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, SourceError> {
         let uffd = Userfault::open(FEATURES)?;
@@ -184,12 +185,12 @@ impl PageServer {
             Response::Done => (),
             other => return Err(SourceError::Refused(format!("{other:?}"))),
         }
-        let inner = Inner { waiting: None, children: BTreeMap::new(), ended: None, closing: false };
+        let inner = Inner { waiting: None, children: BTreeMap::new(), ended: None, left: false, closing: false };
         let shared = Arc::new(Shared { wire, process, inner: Mutex::new(inner) });
         let saved = Saved { uffd, ram, store, journal };
         let watched = Arc::clone(&shared);
         let watchdog = std::thread::Builder::new().name("pager-watchdog".into());
-        let watchdog = watchdog.spawn(move || Watchdog { shared: watched, saved, event }.run())?;
+        let watchdog = watchdog.spawn(move || Watchdog { shared: watched, saved, patience, event }.run())?;
         Ok(Self { shared, turn: Mutex::new(()), watchdog: Some(watchdog) })
     }
 
@@ -241,6 +242,18 @@ impl PageServer {
     pub fn forget(&self, child: ChildId) -> Result<(), SourceError> {
         self.shared.inner().children.remove(&child);
         self.ask(&Request::Forget { child }, &[], ANSWER).map(drop)
+    }
+
+    /// A child has lost what it needs besides memory, and must end.
+    pub fn lose(&self, child: ChildId, why: String) -> Result<(), SourceError> {
+        self.ask(&Request::Lose { child, why }, &[], ANSWER).map(drop)
+    }
+
+    /// The memory is about to be unmapped. The children keep it as it is, and from now on nothing here touches it.
+    pub fn leave(&self) {
+        self.shared.inner().left = true;
+        // One that does not hear it any more has no children.
+        let _ = self.ask(&Request::Leave, &[], ANSWER);
     }
 
     /// What it has done, and the generations that live with the pages that each keeps.
@@ -339,6 +352,7 @@ impl Saved {
 struct Watchdog<F> {
     shared: Arc<Shared>,
     saved: Saved,
+    patience: Duration,
     event: F,
 }
 
@@ -354,7 +368,9 @@ impl<F: FnMut(Event)> Watchdog<F> {
             tracing::error!("the page server does not end although it was killed");
         }
         self.end_children();
-        if let Err(e) = self.saved.take_over() {
+        if !self.shared.inner().left
+            && let Err(e) = self.saved.take_over()
+        {
             tracing::error!("guest memory cannot be let go: {e}");
         }
         let mut inner = self.shared.inner();
@@ -392,7 +408,10 @@ impl<F: FnMut(Event)> Watchdog<F> {
             }
             let now = self.saved.journal.pulse();
             if asked && now == pulse {
-                return format!("it has done nothing for {:?}", checked.elapsed());
+                if checked.elapsed() > self.patience {
+                    return format!("it has done nothing for {:?}", checked.elapsed());
+                }
+                continue;
             }
             (checked, pulse) = (Instant::now(), now);
             asked = !self.shared.inner().children.is_empty();

@@ -100,6 +100,13 @@ impl Wire {
         Ok(getsockopt(&self.0, PeerCredentials)?.pid())
     }
 
+    /// Whether the other end is closed.
+    pub fn hung_up(&self) -> bool {
+        let mut hung = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        let polled = poll(&mut hung, PollTimeout::ZERO);
+        polled.is_ok() && hung[0].revents().is_some_and(|flags| flags.contains(PollFlags::POLLHUP))
+    }
+
     /// Sends a message. Does not wait for the other end to read it, unless it is far behind.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), WireError> {
         let bytes = postcard::to_stdvec(message).map_err(|e| WireError::Nonsense(e.to_string()))?;

@@ -18,7 +18,7 @@ use civic_fork::mappings::Mappings;
 use civic_fork::pager::protocol::LastWord;
 use civic_fork::pager::{FEATURES, Notice, watch_child};
 use civic_fork::ram::{PAGE, Ram};
-use civic_fork::source::{Event, PageServer, SourceError};
+use civic_fork::source::{Event, PATIENCE, PageServer, SourceError};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Listener, Wire, WireError};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -92,7 +92,11 @@ impl Source {
         let wire = self.accept(&Role::PageServer);
         let (tell, events) = channel();
         let event = move |event| drop(tell.send(event));
-        (PageServer::begin(wire, Arc::clone(&self.ram), PAGES as u32 * 2, vec![], event).unwrap(), process, events)
+        (
+            PageServer::begin(wire, Arc::clone(&self.ram), PAGES as u32 * 2, vec![], PATIENCE, event).unwrap(),
+            process,
+            events,
+        )
     }
 
     /// Runs a child that waits, and has the page server adopt it.

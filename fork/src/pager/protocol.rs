@@ -54,6 +54,15 @@ pub enum Request {
         /// Its number.
         child: ChildId,
     },
+    /// A child has lost what it needs besides memory, and must end.
+    Lose {
+        /// Its number.
+        child: ChildId,
+        /// Why.
+        why: String,
+    },
+    /// The source has its memory no more. Its children keep it as it is.
+    Leave,
     /// What has been done.
     Counters,
     /// Show that you are well.

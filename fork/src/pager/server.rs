@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::journal::Journal;
 use super::protocol::{LastWord, Request, Response};
 use super::store::Store;
-use super::{ChildId, Notice, Pager, PagerError};
+use super::{ChildId, Lost, Notice, Pager, PagerError};
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
 
@@ -209,6 +209,14 @@ impl Server {
             }
             Request::Forget { child } => {
                 self.forget(child);
+                Response::Done
+            }
+            Request::Lose { child, why } => {
+                self.pager.lose(child, Lost::Elsewhere { why });
+                Response::Done
+            }
+            Request::Leave => {
+                self.leave_source();
                 Response::Done
             }
             Request::Counters => Response::Counters(self.pager.counters(), self.pager.generations().collect()),
