@@ -14,9 +14,11 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
 use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::{BalloonConfig, BalloonInfo, ErrorBody, SaveReport, SaveRequest, VmInfo, routes};
+use crate::{BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, SaveReport, SaveRequest, VmInfo, routes};
 
 /// How long a monitor may take to answer. Longer than the monitor's own limits, whose errors say more.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(45);
@@ -109,10 +111,24 @@ impl Client {
         self.command(routes::KILL).await
     }
 
+    /// Forks the VM. Takes as long as its memory is large; a monitor that ends breaks the connection.
+    pub async fn fork(&self, request: &ForkRequest) -> Result<ForkReport, ClientError> {
+        self.post_patiently(routes::FORK, request).await
+    }
+
     /// Saves the VM. Takes as long as writing its memory does; a monitor that ends breaks the connection.
     pub async fn save(&self, request: &SaveRequest) -> Result<SaveReport, ClientError> {
+        self.post_patiently(routes::SAVE, request).await
+    }
+
+    /// Posts what takes as long as it takes.
+    async fn post_patiently<T: DeserializeOwned>(
+        &self,
+        route: &str,
+        request: &impl Serialize,
+    ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(request).map_err(|error| ClientError::Protocol(error.to_string()))?;
-        let request = Request::post(routes::SAVE).header(CONTENT_TYPE, "application/json");
+        let request = Request::post(route).header(CONTENT_TYPE, "application/json");
         let response = self.send_body(request, body.into()).await?;
         let status = response.status();
         let body = read(response).await?;

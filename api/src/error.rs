@@ -32,6 +32,8 @@ pub enum ErrorCode {
     StateInvalid,
     /// The directory to save to cannot be written or is not empty.
     SaveFailed,
+    /// The VM cannot be forked: its page server, a child or a device is in the way.
+    ForkFailed,
     /// The tap interface does not exist, is taken, or may not be used.
     TapUnavailable,
     /// A unix socket cannot be made where it should: the path is taken, too long, or may not be written.
@@ -67,6 +69,7 @@ impl ErrorCode {
             | Self::ImageUnusable
             | Self::StateInvalid
             | Self::SaveFailed
+            | Self::ForkFailed
             | Self::SocketUnavailable
             | Self::TapUnavailable => 422,
             Self::Internal => 500,

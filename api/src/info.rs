@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{BalloonInfo, SaveProgress};
+use crate::{BalloonInfo, Family, SaveProgress};
 
 /// Where a VM is in its life.
 ///
@@ -109,6 +109,9 @@ pub struct VmInfo {
     /// Its balloon, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonInfo>,
+    /// Whom it was forked from, and who from it.
+    #[serde(default, skip_serializing_if = "Family::is_empty")]
+    pub family: Family,
     /// How far it is saved, while it is being saved; it stands still meanwhile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saving: Option<SaveProgress>,

@@ -23,13 +23,16 @@ pub const SOCKET_FILE: &str = "api.sock";
 /// The monitor's stderr.
 pub const LOG_FILE: &str = "vmm.log";
 
-/// What a monitor is started with: a VM to boot, or one to restore. Told apart by the field `restore`.
+/// What a monitor is started with: a VM to boot, one to restore, or one to be forked from another. Told apart by the fields `restore` and
+/// `fork_of`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LaunchRequest {
     /// A VM to boot.
     Boot(VmConfig),
     /// A saved VM.
     Restore(RestoreConfig),
+    /// A VM that waits to be forked from another.
+    Fork(ForkConfig),
 }
 
 impl LaunchRequest {
@@ -38,6 +41,7 @@ impl LaunchRequest {
         match self {
             Self::Boot(config) => &config.name,
             Self::Restore(config) => &config.name,
+            Self::Fork(config) => &config.name,
         }
     }
 
@@ -49,6 +53,8 @@ impl LaunchRequest {
         let value: serde_json::Value = serde_json::from_str(text)?;
         if value.get("restore").is_some() {
             serde_json::from_str(text).map(Self::Restore)
+        } else if value.get("fork_of").is_some() {
+            serde_json::from_str(text).map(Self::Fork)
         } else {
             serde_json::from_str(text).map(Self::Boot)
         }
@@ -62,6 +68,7 @@ impl LaunchRequest {
         match self {
             Self::Boot(config) => serde_json::to_vec(config),
             Self::Restore(config) => serde_json::to_vec(config),
+            Self::Fork(config) => serde_json::to_vec(config),
         }
     }
 }
@@ -103,6 +110,21 @@ pub struct RestoreConfig {
     /// As in [`VmConfig`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub any_kvm: bool,
+}
+
+/// A VM that waits to be forked from another: it is what that one is, under another name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkConfig {
+    /// The VM's name.
+    pub name: String,
+    /// The directory of the VM that it is to be forked from.
+    #[schema(value_type = String)]
+    pub fork_of: PathBuf,
+    /// A folder on the file system that takes what it writes to its disks: without a name, and gone with it. If not given, `/var/tmp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub overlay_dir: Option<PathBuf>,
 }
 
 /// A disk whose image is elsewhere now.

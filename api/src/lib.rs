@@ -15,6 +15,7 @@ pub mod client;
 mod config;
 pub mod doctor;
 mod error;
+mod fork;
 mod info;
 pub mod launch;
 mod mac;
@@ -30,6 +31,9 @@ pub use config::{
     RESERVED_IDS, RateLimit, VSOCK_ID, VmConfig, VsockConfig, validate_name,
 };
 pub use error::{ErrorBody, ErrorCode};
+pub use fork::{
+    ChildVm, FORK_SOCKET_FILE, FailedVm, Family, ForkReport, ForkRequest, ForkStages, ForkedVm, MAX_CHILDREN, Parent,
+};
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};
 pub use mac::{MacAddr, MacAddrError};
 pub use save::{AfterSave, SaveProgress, SaveReport, SaveRequest};

@@ -14,6 +14,8 @@ pub const STOP: &str = "/v1/stop";
 pub const KILL: &str = "/v1/kill";
 /// `POST` a [`crate::SaveRequest`]: save the VM. Answers with a [`crate::SaveReport`] when it is done.
 pub const SAVE: &str = "/v1/save";
+/// `POST` a [`crate::ForkRequest`]: fork the VM. Answers with a [`crate::ForkReport`] when the children run.
+pub const FORK: &str = "/v1/fork";
 /// `GET`: [`crate::BalloonInfo`]. `PUT` a [`crate::BalloonConfig`]: let the balloon take more or less from the guest.
 pub const BALLOON: &str = "/v1/balloon";
 /// `GET`: Prometheus text.

@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use civic_api::{ErrorBody, ErrorCode, SaveReport, SaveRequest, VmInfo};
+use civic_api::{ErrorBody, ErrorCode, ForkReport, ForkRequest, SaveReport, SaveRequest, VmInfo};
 use civic_devices::console_hub::ConsoleHub;
 use tokio::sync::oneshot;
 
@@ -34,6 +34,8 @@ pub enum Command {
     SetBalloon(u64),
     /// Running or paused → paused, then what the request says; answered when it is done.
     Save(SaveRequest),
+    /// Running, stopping or paused → the same; answered when the children run.
+    Fork(ForkRequest),
 }
 
 /// The answer to a command that was obeyed.
@@ -43,6 +45,8 @@ pub enum Answer {
     Done,
     /// To [`Command::Save`].
     Saved(SaveReport),
+    /// To [`Command::Fork`].
+    Forked(ForkReport),
 }
 
 /// What is said of the balloon of a VM that has none.

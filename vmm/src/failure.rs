@@ -33,7 +33,7 @@ impl From<ResourceError> for ErrorBody {
                 Some("give each VM a path of its own; remove what a monitor that was killed has left there"),
             ),
             ResourceError::Vsock(_) => (ErrorCode::SocketUnavailable, None),
-            ResourceError::Console(_) => (ErrorCode::Internal, None),
+            ResourceError::Console(_) | ResourceError::Isolated(_) => (ErrorCode::Internal, None),
         };
         told(code, &error, hint)
     }

@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod directory;
 pub mod doctor;
 pub mod failure;
+pub mod fork;
 pub mod identity;
 pub mod kvm;
 pub mod layout;

@@ -30,7 +30,7 @@ use civic_devices::virtio::VirtioDevice;
 use civic_devices::virtio::balloon::{Balloon, BalloonControl};
 use civic_devices::virtio::block::{Block, BlockOptions};
 use civic_devices::virtio::console::Console;
-use civic_devices::virtio::net::{FrameLink, Mac, Net, NetError, NetOptions};
+use civic_devices::virtio::net::{Mac, Net, NetError, NetOptions};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
 use civic_devices::virtio::rate::RateLimit;
 use civic_devices::virtio::rng::Rng;
@@ -148,6 +148,8 @@ pub struct Machine {
     vcpus: Vcpus,
     /// Dropped while the vCPUs are gone and the devices shut down, as it demands.
     lazy: Option<Arc<LazyMemory>>,
+    /// Whether its memory is another's, and only what it has written is its own.
+    forked: bool,
     plugged: Vec<Plugged>,
     serial: Arc<SerialPort>,
     power: Arc<PowerManagement>,
@@ -162,7 +164,7 @@ pub struct Machine {
 }
 
 /// What becomes a machine: all of it but the vCPUs, at power-on.
-struct Board {
+pub struct Board {
     layout: Layout,
     memory: Memory,
     kvm: Kvm,
@@ -185,6 +187,16 @@ impl Board {
     ) -> Result<Self, BuildError> {
         let layout = Layout::new(config.memory_bytes)?;
         let memory = Memory::allocate(&layout)?;
+        Self::around(config, resources, layout, memory, report)
+    }
+
+    fn around(
+        config: &VmConfig,
+        resources: &Resources,
+        layout: Layout,
+        memory: Memory,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Self, BuildError> {
         let kvm = kvm::open()?;
         let vm = kvm::create_vm(&kvm)?;
         kvm::slots::insert_ram(&vm, &memory.ram)?;
@@ -256,6 +268,7 @@ impl Board {
         Ok(Machine {
             vcpus,
             lazy: lazy.map(Arc::new),
+            forked: false,
             plugged,
             serial,
             power,
@@ -365,7 +378,7 @@ fn virtio_devices(
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
         let mac = Mac(effective_mac(config, net).0);
-        let links = tap.iter().map(|queue| Arc::clone(queue) as Arc<dyn FrameLink>).collect();
+        let links = tap.clone();
         let (rx_rate, tx_rate) = (net.rx_rate.as_ref().map(rate), net.tx_rate.as_ref().map(rate));
         let card = Net::new(&net.id, links, NetOptions { mac, mtu: net.mtu, rx_rate, tx_rate });
         let card = card.map_err(|source| BuildError::Net { id: net.id.clone(), source })?;

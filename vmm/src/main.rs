@@ -2,16 +2,19 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
 
-use civic_api::launch::{Launch, LaunchRequest, RestoreConfig};
+use civic_api::launch::{ForkConfig, Launch, LaunchRequest, RestoreConfig};
 use civic_api::{EndReason, ErrorBody, ErrorCode, VmConfig};
 use civic_vmm::control::{Command, Control};
 use civic_vmm::directory::Directory;
+use civic_vmm::fork::birth::Conceived;
 use civic_vmm::resources::Resources;
 use civic_vmm::saved::SavedVm;
-use civic_vmm::supervisor::Supervisor;
+use civic_vmm::supervisor::{Embryo, Supervisor};
 use civic_vmm::{doctor, log, preflight, server};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -97,11 +100,14 @@ struct Vm {
     directory: Directory,
     server: server::ServerHandle,
     supervisor: Supervisor,
+    /// The starter has heard that it is ready.
+    said: bool,
 }
 
 fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
     let request = read_request(args)?;
     let (config, saved) = match request {
+        LaunchRequest::Fork(request) => return prepare_fork(args, &request),
         LaunchRequest::Boot(config) => (config, None),
         LaunchRequest::Restore(request) => {
             let saved = SavedVm::open(&request.restore)?;
@@ -116,7 +122,7 @@ fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
     let directory = Directory::take(dir)?;
     match build(config, saved, &directory, signals) {
-        Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor }),
+        Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor, said: false }),
         Err(body) => {
             // The starter shows why; what it keeps is its own log.
             if let Err(e) = directory.remove(false) {
@@ -140,19 +146,88 @@ fn build(
         None => Supervisor::new(config, resources)?,
         Some(saved) => Supervisor::restore(config, resources, saved)?,
     };
-    let internal = |e: io::Error| ErrorBody::internal(format!("cannot start a thread: {e}"));
-    let server = server::spawn(listener, supervisor.control()).map_err(internal)?;
+    if let Err(e) = supervisor.listen(directory.path()) {
+        warn!("this VM cannot be forked: {e}");
+    }
+    let server = serve(listener, &supervisor, signals)?;
+    Ok((server, supervisor))
+}
+
+fn serve(listener: UnixListener, supervisor: &Supervisor, signals: SigSet) -> Result<server::ServerHandle, ErrorBody> {
+    let server = server::spawn(listener, supervisor.control()).map_err(thread_refused)?;
     let control = supervisor.control();
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || obey_signals(&signals, &control))
-        .map_err(internal)?;
+        .map_err(thread_refused)?;
+    Ok(server)
+}
+
+fn thread_refused(e: io::Error) -> ErrorBody {
+    ErrorBody::internal(format!("cannot start a thread: {e}"))
+}
+
+/// Waits to be forked from another VM. The starter hears when it does.
+fn prepare_fork(args: &RunArgs, request: &ForkConfig) -> Result<Vm, ErrorBody> {
+    civic_api::validate_name(&request.name).map_err(|e| ErrorBody::new(ErrorCode::InvalidRequest, e.to_string()))?;
+    let dir = args.dir.as_deref().ok_or_else(|| ErrorBody::new(ErrorCode::InvalidRequest, "--dir is missing"))?;
+    raise_descriptor_limit();
+    let directory = Directory::take(dir)?;
+    match fork(request, &directory) {
+        Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor, said: true }),
+        Err(body) => {
+            if let Err(e) = directory.remove(false) {
+                warn!("cannot remove the VM's directory: {e}");
+            }
+            Err(body)
+        }
+    }
+}
+
+fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
+    let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
+    let control = Arc::new(OnceLock::<Control>::new());
+    let (to_be, dir) = (Arc::clone(&control), directory.path().to_owned());
+    let obey = move || {
+        // While it waits, the first signal is its end.
+        while to_be.get().is_none() {
+            match signals.wait() {
+                Ok(Signal::SIGHUP) => (),
+                _ if to_be.get().is_some() => break,
+                _ => {
+                    let _ = std::fs::remove_dir_all(&dir);
+                    std::process::exit(1);
+                }
+            }
+        }
+        if let Some(control) = to_be.get() {
+            obey_signals(&signals, control);
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(obey).map_err(thread_refused)?;
+    let conceived = Conceived::new(request, directory.path())?;
+    preflight::check(&conceived.config)?;
+    let resources = Resources::of_fork(&conceived.config, directory.path())?;
+    let embryo = Embryo::new();
+    let unborn = conceived.wait(resources, embryo.report())?;
+    say(&Launch::ready(std::process::id()));
+    let born = unborn.birth(embryo.report())?;
+    let (supervisor, link) = Supervisor::adopt(embryo, born);
+    let server = server::spawn(directory.bind()?, supervisor.control()).map_err(thread_refused)?;
+    let _ = control.set(supervisor.control());
+    if let Err(e) = supervisor.listen(directory.path()) {
+        warn!("whoever wants to fork this VM is not told that it cannot be: {e}");
+    }
+    // Whoever hears that it runs may talk to it.
+    link.started();
     Ok((server, supervisor))
 }
 
 impl Vm {
     fn run(self) -> ExitCode {
-        say(&Launch::ready(std::process::id()));
+        if !self.said {
+            say(&Launch::ready(std::process::id()));
+        }
         let reason = self.supervisor.run();
         self.server.stop();
         let failed = matches!(reason, EndReason::Failed { .. });

@@ -6,10 +6,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use civic_devices::virtio::GuestRam;
 use civic_devices::virtio::balloon::PageRelease;
+use civic_fork::disk::reopen_read_only;
 use civic_fork::lazy::Progress;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -53,6 +54,9 @@ pub struct Memory {
     pub ram: GuestRam,
     /// Set when it is being loaded while the machine runs.
     loading: Arc<OnceLock<Progress>>,
+    /// Whether pages must stay that the guest gives back: children share them, or it is one and they are not its own. Held while a hole
+    /// is punched.
+    keep: Arc<RwLock<bool>>,
 }
 
 impl Memory {
@@ -61,14 +65,25 @@ impl Memory {
         let regions = layout.ram_regions();
         let bytes = regions.iter().map(|region| region.1).sum();
         let memfd = memfd(bytes).map_err(|source| MemoryError::Allocate { bytes, source })?;
-        let memfd = Arc::new(memfd);
+        Self::map(layout, Arc::new(memfd), nix::libc::MAP_SHARED)
+    }
+
+    /// The RAM of a child of a VM that has the same `layout` and its RAM in `memfd`, which may be open for reading only: mapped
+    /// privately, and to be watched before anybody touches it.
+    pub fn of_parent(layout: &Layout, memfd: Arc<File>) -> Result<Self, MemoryError> {
+        Self::map(layout, memfd, nix::libc::MAP_PRIVATE)
+    }
+
+    fn map(layout: &Layout, memfd: Arc<File>, sharing: i32) -> Result<Self, MemoryError> {
+        let regions = layout.ram_regions();
+        let bytes = regions.iter().map(|region| region.1).sum();
         let map = |source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map { bytes, source };
         let mut mapped = Vec::new();
         for &(start, len, offset) in &regions {
             let file = FileOffset::from_arc(Arc::clone(&memfd), offset);
             let region = MmapRegionBuilder::new(len as usize)
                 .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
-                .with_mmap_flags(nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE)
+                .with_mmap_flags(sharing | nix::libc::MAP_NORESERVE)
                 .with_file_offset(file)
                 .build()
                 .map_err(|e| map(e.into()))?;
@@ -77,12 +92,30 @@ impl Memory {
             mapped.push(region);
         }
         let ram = GuestMemoryMmap::from_regions(mapped).map_err(|e| map(e.into()))?;
-        Ok(Self { memfd, ram: Arc::new(ram), loading: Arc::default() })
+        let keep = Arc::new(RwLock::new(sharing == nix::libc::MAP_PRIVATE));
+        Ok(Self { memfd, ram: Arc::new(ram), loading: Arc::default(), keep })
     }
 
     /// The way by which the guest's balloon gives pages back to the host.
     pub fn page_release(&self) -> Arc<dyn PageRelease> {
-        Arc::new(HolePuncher { ram: Arc::clone(&self.ram), loading: Arc::clone(&self.loading) })
+        Arc::new(HolePuncher {
+            ram: Arc::clone(&self.ram),
+            loading: Arc::clone(&self.loading),
+            keep: Arc::clone(&self.keep),
+        })
+    }
+
+    /// The switch that has pages stay which the guest gives back.
+    pub fn keeper(&self) -> Keeper {
+        Keeper(Arc::clone(&self.keep))
+    }
+
+    /// Another descriptor of the memfd, for reading: a child's.
+    ///
+    /// # Errors
+    /// When the system does not let it be opened anew, through /proc.
+    pub fn read_only(&self) -> io::Result<File> {
+        reopen_read_only(&self.memfd)
     }
 
     /// Says that the memory is being loaded while the machine runs. Until it is all there no hole is punched: the loader would
@@ -93,15 +126,31 @@ impl Memory {
     }
 }
 
+/// See [`Memory::keeper`].
+#[derive(Clone)]
+pub struct Keeper(Arc<RwLock<bool>>);
+
+impl Keeper {
+    /// From when this returns, pages that the guest gives back stay, or go again.
+    pub fn keep(&self, keep: bool) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = keep;
+    }
+}
+
 /// Punches the guest's pages out of the memfd, and with it out of every shared mapping: KVM's too.
 struct HolePuncher {
     ram: GuestRam,
     loading: Arc<OnceLock<Progress>>,
+    keep: Arc<RwLock<bool>>,
 }
 
 impl PageRelease for HolePuncher {
     fn release(&self, gpa: u64, len: u64) -> io::Result<bool> {
         if self.loading.get().is_some_and(|loading| !loading.done()) {
+            return Ok(false);
+        }
+        let keep = self.keep.read().unwrap_or_else(PoisonError::into_inner);
+        if *keep {
             return Ok(false);
         }
         let (region, MemoryRegionAddress(at)) =

@@ -10,8 +10,10 @@ use std::sync::Arc;
 
 use civic_api::{CONSOLE_PORT_SERIAL, VmConfig, VsockConfig};
 use civic_devices::console_hub::ConsoleHub;
+use civic_devices::isolated::IsolatedLink;
 use civic_devices::tap::{Tap, TapError};
 use civic_devices::virtio::block::{Disk, DiskError, DiskFormat, DiskOptions};
+use civic_devices::virtio::net::FrameLink;
 use civic_devices::virtio::vsock::{VsockError, VsockListener};
 
 use crate::boot::{BootError, Kernel};
@@ -67,6 +69,9 @@ pub enum ResourceError {
     /// The vsock's socket cannot be made.
     #[error("cannot make the socket of the vsock")]
     Vsock(#[source] VsockError),
+    /// A wire that leads nowhere cannot be made.
+    #[error("cannot isolate a network card")]
+    Isolated(#[source] io::Error),
     /// A console port could not be made.
     #[error("cannot make a console port")]
     Console(#[source] io::Error),
@@ -81,7 +86,7 @@ pub struct Resources {
     /// By position in the configuration.
     pub disks: Vec<Arc<Disk>>,
     /// By position in the configuration, the queues of each.
-    pub taps: Vec<Vec<Arc<Tap>>>,
+    pub taps: Vec<Vec<Arc<dyn FrameLink>>>,
     /// Where host programs reach into the guest.
     pub vsock: Option<Arc<VsockListener>>,
     /// The first UART.
@@ -93,6 +98,24 @@ pub struct Resources {
 impl Resources {
     /// Opens everything that `config` names; console logs go to `log_dir`.
     pub fn open(config: &VmConfig, log_dir: &Path) -> Result<Self, ResourceError> {
+        let mut this = Self::open_but_disks_and_taps(config, log_dir)?;
+        this.disks = open_disks(config)?;
+        this.taps = open_taps(config)?;
+        Ok(this)
+    }
+
+    /// The same for a VM that is to be forked from another: its network cards are on wires that lead nowhere, and its disks come later.
+    pub fn of_fork(config: &VmConfig, log_dir: &Path) -> Result<Self, ResourceError> {
+        let mut this = Self::open_but_disks_and_taps(config, log_dir)?;
+        for net in &config.nets {
+            let queue = |_| IsolatedLink::new().map(|link| Arc::new(link) as Arc<dyn FrameLink>);
+            let queues: io::Result<Vec<_>> = (0..net.queues.unwrap_or(1)).map(queue).collect();
+            this.taps.push(queues.map_err(ResourceError::Isolated)?);
+        }
+        Ok(this)
+    }
+
+    fn open_but_disks_and_taps(config: &VmConfig, log_dir: &Path) -> Result<Self, ResourceError> {
         let kernel = open_regular(&config.kernel)
             .map_err(BootError::Open)
             .and_then(Kernel::open)
@@ -100,37 +123,46 @@ impl Resources {
         let open_initrd =
             |path: &PathBuf| open_regular(path).map_err(|source| ResourceError::Initrd { path: path.clone(), source });
         let initrd = config.initrd.as_ref().map(open_initrd).transpose()?;
-        let mut disks = Vec::new();
-        for disk in &config.disks {
-            let format = match disk.format {
-                civic_api::DiskFormat::Raw => DiskFormat::Raw,
-                civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
-            };
-            let options = DiskOptions { read_only: disk.read_only, format, backing: disk.backing };
-            let opened = Disk::open(&disk.path, options).map_err(|source| ResourceError::Disk {
-                id: disk.id.clone(),
-                path: disk.path.clone(),
-                source,
-            })?;
-            disks.push(Arc::new(opened));
-        }
-        let mut taps = Vec::new();
-        for net in &config.nets {
-            let opened = Tap::open(&net.tap, net.queues.unwrap_or(1).into()).map_err(|source| ResourceError::Tap {
-                id: net.id.clone(),
-                tap: net.tap.clone(),
-                source,
-            })?;
-            taps.push(opened.into_iter().map(Arc::new).collect());
-        }
         let bind = |vsock: &VsockConfig| VsockListener::bind(&vsock.uds).map(Arc::new).map_err(ResourceError::Vsock);
         let vsock = config.vsock.as_ref().map(bind).transpose()?;
         let hub = |port: &str| {
             let log = File::create(log_dir.join(format!("{port}.log"))).map_err(ResourceError::Console)?;
             ConsoleHub::new(port, HISTORY_BYTES, Some(log)).map_err(ResourceError::Console)
         };
+        let (disks, taps) = (Vec::new(), Vec::new());
         Ok(Self { kernel, initrd, disks, taps, vsock, serial: hub(CONSOLE_PORT_SERIAL)?, hvc: hub(CONSOLE_PORT_HVC)? })
     }
+}
+
+fn open_disks(config: &VmConfig) -> Result<Vec<Arc<Disk>>, ResourceError> {
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        let format = match disk.format {
+            civic_api::DiskFormat::Raw => DiskFormat::Raw,
+            civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+        };
+        let options = DiskOptions { read_only: disk.read_only, format, backing: disk.backing };
+        let opened = Disk::open(&disk.path, options).map_err(|source| ResourceError::Disk {
+            id: disk.id.clone(),
+            path: disk.path.clone(),
+            source,
+        })?;
+        disks.push(Arc::new(opened));
+    }
+    Ok(disks)
+}
+
+fn open_taps(config: &VmConfig) -> Result<Vec<Vec<Arc<dyn FrameLink>>>, ResourceError> {
+    let mut taps = Vec::new();
+    for net in &config.nets {
+        let opened = Tap::open(&net.tap, net.queues.unwrap_or(1).into()).map_err(|source| ResourceError::Tap {
+            id: net.id.clone(),
+            tap: net.tap.clone(),
+            source,
+        })?;
+        taps.push(opened.into_iter().map(|queue| Arc::new(queue) as Arc<dyn FrameLink>).collect());
+    }
+    Ok(taps)
 }
 
 /// Opens a file for reading. A FIFO or a device would make the reader wait, or never end.

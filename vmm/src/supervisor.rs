@@ -15,6 +15,7 @@
 //! without asking stands in [`Shared`].
 
 mod balloon;
+mod forking;
 mod saving;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -28,8 +29,12 @@ use civic_devices::console_hub::ConsoleHub;
 use civic_devices::virtio::balloon::BalloonControl;
 use tracing::{error, info, warn};
 
+use self::forking::PauseRequest;
 use self::saving::{Begin, Meter, Outcome, Saving};
 use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
+use crate::fork::birth::{Born, Lifeline, Link};
+use crate::fork::family::Family;
+use crate::fork::point::Freezable;
 use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
 use crate::resources::{CONSOLE_PORT_HVC, Resources};
 use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
@@ -43,7 +48,11 @@ enum Message {
     Guest(u64, GuestEvent),
     /// From the thread that writes a save.
     Saved(Outcome),
-    /// From the thread that loads a saved VM's memory: part of it cannot be had.
+    /// From the thread that makes a fork: pause the machine for it.
+    ForkPoint(Box<PauseRequest>),
+    /// From the same: it is over.
+    Forked,
+    /// Part of the memory cannot be had: from the thread that loads a saved VM's, or the one that listens to a child's page server.
     MemoryLost(String),
 }
 
@@ -69,6 +78,7 @@ struct Status {
 struct Shared {
     config: VmConfig,
     status: Mutex<Status>,
+    family: Arc<Family>,
     serial: Arc<ConsoleHub>,
     hvc: Arc<ConsoleHub>,
 }
@@ -99,6 +109,7 @@ impl View for Shared {
             vcpus: status.meters.vcpus(),
             consoles: vec![CONSOLE_PORT_SERIAL.into(), CONSOLE_PORT_HVC.into()],
             balloon: status.balloon.as_ref().map(balloon::info),
+            family: self.family.info(),
             saving: status.saving.as_ref().map(|meter| meter.read()),
             ended: status.ended.clone(),
         }
@@ -119,6 +130,23 @@ impl View for Shared {
     }
 }
 
+/// A supervisor to come, whose machine is still to be born.
+pub struct Embryo((Sender<Message>, Receiver<Message>));
+
+impl Embryo {
+    /// One.
+    #[expect(clippy::new_without_default, reason = "it is an end of a channel, not a value")]
+    pub fn new() -> Self {
+        Self(channel())
+    }
+
+    /// What its machine reports to.
+    pub fn report(&self) -> impl Fn(GuestEvent) + Clone + Send + Sync + 'static {
+        let sender = self.0.0.clone();
+        move |event| drop(sender.send(Message::Guest(1, event)))
+    }
+}
+
 /// Owns the machine.
 pub struct Supervisor {
     shared: Arc<Shared>,
@@ -130,6 +158,12 @@ pub struct Supervisor {
     /// Its first start goes on with what was saved: no boot.
     restored: bool,
     saving: Option<Saving>,
+    /// A fork is being made.
+    forking: bool,
+    /// The disks, once the first fork was wanted.
+    freezable: Option<Arc<Vec<Freezable>>>,
+    /// What keeps a forked machine's memory; goes with the machine.
+    lifeline: Option<Arc<Lifeline>>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
 }
@@ -139,7 +173,7 @@ impl Supervisor {
     pub fn new(config: VmConfig, mut resources: Resources) -> Result<Self, BuildError> {
         let (sender, inbox) = channel();
         let machine = build(&config, &mut resources, &sender, 1)?;
-        Ok(Self::around(machine, config, resources, (sender, inbox), None))
+        Ok(Self::around(machine, config, resources, (sender, inbox), None, Family::new(None)))
     }
 
     /// Builds the machine that was saved; it waits for [`Command::Start`]. `config` is the saved one, with what has moved since.
@@ -163,7 +197,45 @@ impl Supervisor {
         let report = move |event| drop(report.send(Message::Guest(1, event)));
         let machine = Machine::restore(&config, &mut resources, &mut sections, fill, report)?;
         sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
-        Ok(Self::around(machine, config, resources, (sender, inbox), Some((boots, run))))
+        Ok(Self::around(machine, config, resources, (sender, inbox), Some((boots, run)), Family::new(None)))
+    }
+
+    /// Takes over a machine that was just forked. It waits for [`Command::Start`], unless it is to stay paused, or runs already.
+    pub fn adopt(embryo: Embryo, born: Born) -> (Self, Link) {
+        let Born { machine, resources, config, parent, go, lifeline, link } = born;
+        let lifeline = Arc::new(lifeline);
+        let (listening, lost) = (Arc::clone(&lifeline), embryo.0.0.clone());
+        let listen = move || {
+            let why = listening.last_word();
+            let _ = lost.send(Message::MemoryLost(why));
+            std::thread::sleep(LAST_RESORT);
+            std::process::exit(1);
+        };
+        let listener = std::thread::Builder::new().name("lifeline".into()).spawn(listen);
+        let family = Family::new(Some(parent));
+        let mut this = Self::around(machine, config, resources, embryo.0, Some((go.boots, go.run)), family);
+        if let Err(e) = listener {
+            let _ =
+                this.sender.send(Message::MemoryLost(format!("there is no thread to listen to its page server: {e}")));
+        }
+        this.lifeline = Some(lifeline);
+        if go.paused {
+            let mut status = this.shared.status();
+            status.state = VmState::Paused;
+            status.started.get_or_insert_with(SystemTime::now);
+        } else {
+            this.start();
+        }
+        (this, link)
+    }
+
+    /// Lets other monitors be forked from this VM, through a socket in its directory.
+    ///
+    /// # Errors
+    /// When the system refuses the socket or a thread.
+    pub fn listen(&self, dir: &std::path::Path) -> std::io::Result<()> {
+        self.offer();
+        self.shared.family.listen(dir)
     }
 
     fn around(
@@ -172,6 +244,7 @@ impl Supervisor {
         resources: Resources,
         (sender, inbox): (Sender<Message>, Receiver<Message>),
         life: Option<(u64, Duration)>,
+        family: Arc<Family>,
     ) -> Self {
         let (boots, run) = life.unwrap_or_default();
         let status = Status {
@@ -186,9 +259,21 @@ impl Supervisor {
             ended: None,
         };
         let (serial, hvc) = (Arc::clone(&resources.serial), Arc::clone(&resources.hvc));
-        let shared = Arc::new(Shared { config, status: Mutex::new(status), serial, hvc });
+        let shared = Arc::new(Shared { config, status: Mutex::new(status), family, serial, hvc });
         let (restored, saving) = (life.is_some(), None);
-        Self { shared, resources, machine: Some(machine), boot: 1, restored, saving, sender, inbox }
+        Self {
+            shared,
+            resources,
+            machine: Some(machine),
+            boot: 1,
+            restored,
+            saving,
+            forking: false,
+            freezable: None,
+            lifeline: None,
+            sender,
+            inbox,
+        }
     }
 
     /// The API's handle.
@@ -206,6 +291,18 @@ impl Supervisor {
                     self.begin_save(request, reply);
                     None
                 }
+                Ok(Message::Api(Request { command: Command::Fork(request), reply })) => {
+                    self.begin_fork(request, reply);
+                    None
+                }
+                Ok(Message::ForkPoint(request)) => {
+                    self.fork_point(*request);
+                    None
+                }
+                Ok(Message::Forked) => {
+                    self.forking = false;
+                    None
+                }
                 Ok(Message::Api(request)) => {
                     let (answer, end) = self.obey(request.command);
                     let _ = request.reply.send(answer.map(|()| Answer::Done));
@@ -217,7 +314,10 @@ impl Supervisor {
                 Ok(Message::MemoryLost(why)) => {
                     // Its threads may be waiting for memory that never comes: they end with the process.
                     std::mem::forget(self.machine.take());
-                    let message = format!("the saved VM's memory is damaged: {why}");
+                    let message = match &self.lifeline {
+                        Some(_) => format!("the fork's memory is lost: {why}"),
+                        None => format!("the saved VM's memory is damaged: {why}"),
+                    };
                     error!("{message}");
                     Some(EndReason::Failed { message })
                 }
@@ -237,6 +337,7 @@ impl Supervisor {
                 }
             }
         }
+        self.shared.family.leave_origin();
         self.machine = None;
         for hub in [&self.shared.serial, &self.shared.hvc] {
             hub.finish(LAST_WORDS);
@@ -318,6 +419,13 @@ impl Supervisor {
             return Err((wrong(format!("cannot save a VM that is {before}"), hint), reply));
         }
         let Some(machine) = &self.machine else { return Err((ErrorBody::internal("there is no machine"), reply)) };
+        if self.forking {
+            return Err((wrong("the VM is being forked".into(), "try again when that is done"), reply));
+        }
+        if machine.is_forked() {
+            let hint = "save the VM that it was forked from";
+            return Err((wrong("a fork cannot be saved: its memory is its source's".into(), hint), reply));
+        }
         if let Some(lazy) = machine.loading() {
             // What it was restored from is still needed: wait for that while it runs, then come back.
             let sender = self.sender.clone();
@@ -473,7 +581,9 @@ impl Supervisor {
         // The target may have been changed since the VM was configured.
         let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
         // First give the memory back: two machines may not fit.
+        self.shared.family.leave_origin();
         self.machine = None;
+        self.lifeline = None;
         let next = build(&self.shared.config, &mut self.resources, &self.sender, self.boot)
             .map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let mut status = self.shared.status();
@@ -483,6 +593,9 @@ impl Supervisor {
             balloon.set_target(pages);
         }
         self.machine = Some(next);
+        drop(status);
+        self.offer();
+        let mut status = self.shared.status();
         if status.state == VmState::Paused {
             warn!("the guest reset while it was being paused: it starts on resume");
             status.boots += 1;
@@ -528,6 +641,7 @@ fn command_name(command: &Command) -> &'static str {
         Command::Kill => "kill",
         Command::SetBalloon(_) => "set the balloon of",
         Command::Save(_) => "save",
+        Command::Fork(_) => "fork",
     }
 }
 

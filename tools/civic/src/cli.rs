@@ -102,6 +102,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Fork a running VM: it runs on, and a child goes on from the same moment.
+    #[command(after_help = FORK_HELP)]
+    Fork(ForkArgs),
+    /// Show which VM was forked from which.
+    Tree {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show a VM's balloon, or set how much memory it takes.
     #[command(after_help = BALLOON_HELP)]
     Balloon {
@@ -198,6 +207,41 @@ it is; at its end, output is shown until the VM ends.
 Examples:
   civic console web
   echo 'systemctl restart nginx' | timeout 10 civic console web";
+
+const FORK_HELP: &str = "\
+The VM stands still for some milliseconds and runs on. The child has the same memory, shared page by page until either
+writes, and the same disks as of that moment; what it writes vanishes with it. Its network cards are on wires that lead
+nowhere, its vsock connections are reset, its generation id is new. The child's name is printed when it runs.
+
+With --count, the children are NAME-1, NAME-2 and so on, all from the same moment.
+
+Examples:
+  civic fork web --name web-1
+  civic fork web --name probe --count 4 --paused --json
+  civic fork web --name web-1 --overlay-dir /scratch";
+
+/// What `civic fork` is told.
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// The VM to fork.
+    #[arg(value_parser = name)]
+    pub source: String,
+    /// The child's name.
+    #[arg(long, value_parser = name)]
+    pub name: String,
+    /// How many children.
+    #[arg(long, default_value_t = 1)]
+    pub count: usize,
+    /// Keep the children paused, to be resumed one by one.
+    #[arg(long)]
+    pub paused: bool,
+    /// A folder on the file system that takes what the children write to their disks; /var/tmp if not given.
+    #[arg(long, value_name = "DIR")]
+    pub overlay_dir: Option<PathBuf>,
+    /// Print a report as JSON: names, and where the time went.
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// What becomes of a VM that was saved.
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ mod balloon;
 mod cli;
 mod console;
 mod devices;
+mod fork;
 mod monitor;
 mod process;
 mod run;
@@ -74,6 +75,8 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             Command::Save { name, directory, after, json } => {
                 save::save(&dir, &name, &directory, after.then(), json).await
             }
+            Command::Fork(args) => fork::fork(&dir, args).await,
+            Command::Tree { json } => fork::tree(&dir, json).await,
             Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
             Command::Kill { name } => stop::kill(&dir, &name).await,
             Command::Doctor { json } => show::doctor(&dir, json),

@@ -106,6 +106,18 @@ impl Drop for Monitor {
     }
 }
 
+/// Starts the page server of the VM `name`. It finds its way by itself, and ends by itself.
+pub fn start_page_server(dir: &RunDir, name: &str) -> anyhow::Result<()> {
+    let program = find_beside("civic-pager")?;
+    let mut command = Command::new(&program);
+    let log = File::options().create(true).append(true).mode(0o600).open(dir.log(name));
+    let log = log.with_context(|| format!("cannot append to {}", dir.log(name).display()))?;
+    command.arg(dir.vm(name)).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    in_own_session(&mut command);
+    let started = command.spawn().map(drop);
+    started.with_context(|| format!("cannot start {}", program.display()))
+}
+
 /// What `civic-vmm doctor` says, as JSON.
 pub fn doctor(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
     let program = find()?;
@@ -144,10 +156,16 @@ fn find() -> anyhow::Result<PathBuf> {
         let message = format!("CIVIC_VMM is '{}', which is no file", path.display());
         return Err(advice::error(message, "set CIVIC_VMM to the civic-vmm to use, or unset it"));
     }
+    find_beside(NAME)
+}
+
+/// Another executable of ours: beside the monitor that is used, else beside our own, else in `PATH`.
+fn find_beside(name: &str) -> anyhow::Result<PathBuf> {
+    let monitor = cli::vmm_from_environment().and_then(|path| Some(Path::new(&path).parent()?.to_owned()));
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
     let path = std::env::var_os("PATH").unwrap_or_default();
-    search(beside.into_iter().chain(std::env::split_paths(&path)), OsStr::new(NAME)).ok_or_else(|| {
-        advice::error(format!("{NAME} is not to be found"), "install it beside civic, or set CIVIC_VMM to it")
+    search(monitor.into_iter().chain(beside).chain(std::env::split_paths(&path)), OsStr::new(name)).ok_or_else(|| {
+        advice::error(format!("{name} is not to be found"), "install it beside civic, or set CIVIC_VMM to the monitor")
     })
 }
 

@@ -240,6 +240,7 @@ mod tests {
             vcpus: vec![VcpuInfo { index: 0, exits: [("hlt".to_owned(), 7)].into() }],
             consoles: vec!["serial".into()],
             balloon: None,
+            family: civic_api::Family::default(),
             saving: None,
             ended: None,
         }

@@ -27,7 +27,7 @@ use crate::cpu::state::{ClockLeader, VcpuStateError, VcpuStateV1};
 use crate::identity::Identity;
 use crate::kvm::KvmError;
 use crate::kvm::state::KvmStateV1;
-use crate::layout;
+use crate::layout::{self, Layout};
 use crate::memory::Memory;
 use crate::resources::Resources;
 use crate::state::{Section, Sections, StateError};
@@ -157,21 +157,57 @@ impl Machine {
         fill: impl FnOnce(&Memory) -> Result<Option<LazyMemory>, E>,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Self, E> {
-        let mut board = Board::new(config, resources, report.clone()).map_err(RestoreError::from)?;
-        let cpuid: CpuidStateV1 = sections.take(CPUID).map_err(RestoreError::from)?;
-        board.cpuid = board.cpuid.restore(cpuid).map_err(|e| RestoreError::Build(e.into()))?;
+        let board = Board::new(config, resources, report.clone()).map_err(RestoreError::from)?;
         let lazy = fill(&board.memory)?;
         Ok(Self::revive(board, config, resources, sections, lazy, report)?)
     }
 
-    fn revive(
+    /// What becomes a child's machine, before it is known what that is: everything that takes time. `memory` is nobody's yet and is not
+    /// touched.
+    ///
+    /// # Errors
+    /// When this host cannot carry such a machine.
+    pub fn unborn(
+        config: &VmConfig,
+        resources: &Resources,
+        layout: Layout,
+        memory: Memory,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Board, BuildError> {
+        Board::around(config, resources, layout, memory, report)
+    }
+
+    /// The child's machine, parked: `sections` are its source's at the fork point, and its memory answers.
+    ///
+    /// # Errors
+    /// As [`Machine::restore`].
+    pub fn born(
         board: Board,
+        config: &VmConfig,
+        resources: &Resources,
+        sections: &mut Sections,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Self, RestoreError> {
+        let mut machine = Self::revive(board, config, resources, sections, None, report)?;
+        machine.forked = true;
+        Ok(machine)
+    }
+
+    /// Whether its memory is another's, and only what it has written is its own.
+    pub fn is_forked(&self) -> bool {
+        self.forked
+    }
+
+    fn revive(
+        mut board: Board,
         config: &VmConfig,
         resources: &Resources,
         sections: &mut Sections,
         lazy: Option<LazyMemory>,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Self, RestoreError> {
+        let cpuid: CpuidStateV1 = sections.take(CPUID)?;
+        board.cpuid = board.cpuid.restore(cpuid).map_err(BuildError::from)?;
         if !board.root.restore(&sections.take(PCI)?) {
             return Err(RestoreError::Bridge);
         }

@@ -10,10 +10,11 @@ use axum::extract::{MatchedPath, Query, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
-use civic_api::launch::RestoreConfig;
-use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, MAX_BODY_BYTES, SAVE};
+use civic_api::launch::{ForkConfig, RestoreConfig};
+use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, FORK, MAX_BODY_BYTES, SAVE};
 use civic_api::{
-    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, SaveReport, SaveRequest, VmConfig, VmInfo, VmState, doctor,
+    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, SaveReport, SaveRequest, VmConfig,
+    VmInfo, VmState, doctor,
 };
 use civic_devices::console_hub::ConsoleHub;
 use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
@@ -40,7 +41,7 @@ use crate::control::{Answer, Command, Control, no_balloon};
             Every answer that is not a success has an `ErrorBody`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(VmConfig, RestoreConfig, doctor::Report))
+    components(schemas(VmConfig, RestoreConfig, ForkConfig, doctor::Report))
 )]
 struct Frame;
 
@@ -76,6 +77,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(stop))
         .routes(routes!(kill))
         .routes(routes!(save))
+        .routes(routes!(fork))
         .routes(routes!(balloon, set_balloon))
         .routes(routes!(vm_metrics))
         .routes(routes!(openapi_json))
@@ -121,7 +123,7 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
     struct Nothing {}
 
     let takes_body =
-        matches!((request.method(), request.uri().path()), (&Method::POST, SAVE) | (&Method::PUT, BALLOON));
+        matches!((request.method(), request.uri().path()), (&Method::POST, SAVE | FORK) | (&Method::PUT, BALLOON));
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
         Ok(Ok(body)) => body,
@@ -217,7 +219,33 @@ async fn save(
     let _patience = patience.hold();
     match api.control.command(Command::Save(request)).await? {
         Answer::Saved(report) => Ok(Json(report)),
-        Answer::Done => Err(ErrorBody::internal("the save was answered with nothing").into()),
+        _ => Err(ErrorBody::internal("the save was answered with something else").into()),
+    }
+}
+
+/// Forks the VM: it runs on, and each of the children goes on from the same moment, with the same memory and disks.
+///
+/// The children are monitors that wait for it (a `ForkConfig` is what they are started with), and the VM needs a page server; `civic fork`
+/// starts them all. The answer comes when the children run, or cannot: then the VM runs on as if nothing had been. A VM that is paused
+/// may be forked, and stays paused. The fork goes on if the client hangs up.
+#[utoipa::path(post, path = "/v1/fork", request_body = ForkRequest, responses(
+    (status = 200, description = "Children run", body = ForkReport),
+    (status = 400, description = "The request is none, or names no children, or too many, or one twice", body = ErrorBody),
+    (status = 404, description = "No such child waits", body = ErrorBody),
+    (status = 409, description = "It was never started, or is being saved", body = ErrorBody),
+    (status = 422, description = "The page server, a child or a device is in the way", body = ErrorBody),
+    (status = 503, description = "It is being forked", body = ErrorBody),
+))]
+async fn fork(
+    State(api): State<Api>,
+    Extension(patience): Extension<Patience>,
+    request: Result<Json<ForkRequest>, JsonRejection>,
+) -> Result<Json<ForkReport>, Failure> {
+    let Json(request) = request.map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.body_text()))?;
+    let _patience = patience.hold();
+    match api.control.command(Command::Fork(request)).await? {
+        Answer::Forked(report) => Ok(Json(report)),
+        _ => Err(ErrorBody::internal("the fork was answered with something else").into()),
     }
 }
 

@@ -87,6 +87,7 @@ impl View for Fake {
             started_at_ms: None,
             run_ms: 1500,
             balloon: self.balloon.lock().unwrap().clone(),
+            family: civic_api::Family::default(),
             saving: None,
             devices: vec![DeviceInfo {
                 id: "disk0".into(),
@@ -490,7 +491,8 @@ fn the_document_and_the_routes_agree() {
     let setup = setup(Limits::default());
     let document = serde_json::to_value(openapi()).unwrap();
     let paths = document["paths"].as_object().unwrap();
-    let mut known: Vec<&str> = vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, BALLOON, METRICS, OPENAPI, CONSOLE];
+    let mut known: Vec<&str> =
+        vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, FORK, BALLOON, METRICS, OPENAPI, CONSOLE];
     known.sort_unstable();
     assert_eq!(paths.keys().map(String::as_str).collect::<Vec<_>>(), known);
     for (path, item) in paths {

@@ -1,0 +1,99 @@
+//! Forking: what a source and its children say to each other, and what either does.
+//!
+//! ```text
+//!  child's monitor                         source's monitor                     page server
+//!    │ connect fork.sock, Hello                  │                                   │
+//!    │──────────────────────────────────────────▶│ ◀──── connect fork.sock, Hello ───│
+//!    │◀──────── Welcome {config} [RAM, to read]  │                                   │
+//!    │ maps it privately, watches it, builds     │                                   │
+//!    │ Ready [userfaultfd, lifeline] ───────────▶│                                   │
+//!    │◀───────────────────────────── Registered  │                                   │
+//!    │ (waits)                                   │  POST /v1/fork                    │
+//!    │                                           │── Adopt, Arm ────────────────────▶│
+//!    │                                           │  pause, state, disks              │
+//!    │                                           │── Freeze ────────────────────────▶│
+//!    │                                           │  run                              │
+//!    │◀── Go {state}, Disk… ─────────────────────│                                   │
+//!    │ runs; Started ───────────────────────────▶│                                   │
+//!    │◀════════════ lifeline, page faults ═══════════════════════════════════════════▶│
+//! ```
+//!
+//! Neither the source nor the child opens or starts anything from `Go` on: everything that either needs is there beforehand or comes as
+//! a descriptor.
+
+pub mod birth;
+pub mod family;
+pub mod point;
+
+use std::time::Duration;
+
+use civic_fork::disk::FrozenStateV1;
+use civic_fork::mappings::Mappings;
+use civic_fork::pager::GenerationId;
+use serde::{Deserialize, Serialize};
+
+/// How long either waits for the other's next word, where nothing has to happen first.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// From the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToChild {
+    /// To `Hello`: with the source's RAM, to be read.
+    Welcome {
+        /// The source's configuration, as JSON, with every default filled in that depends on its name.
+        config: String,
+    },
+    /// It is known that it waits.
+    Registered,
+    /// The fork: with the state, in a memfd.
+    Go(Go),
+    /// A disk, after [`ToChild::Go`], in the configuration's order: with the descriptors of its files, the image first.
+    Disk {
+        /// What the files are, and how many descriptors each has.
+        files: Vec<(FrozenStateV1, u8)>,
+    },
+    /// Nothing comes of it.
+    Refused {
+        /// Why.
+        why: String,
+    },
+}
+
+/// What a child needs to know at its birth, beside state and disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Go {
+    /// Of which fork it is.
+    pub generation: GenerationId,
+    /// Whether it stays paused.
+    pub paused: bool,
+    /// How often the guest has started.
+    pub boots: u64,
+    /// How long it has run.
+    pub run: Duration,
+}
+
+/// From the child.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToSource {
+    /// It waits: with its userfaultfd, and the page server's end of its lifeline.
+    Ready {
+        /// Where it has its RAM.
+        mappings: Mappings,
+    },
+    /// It runs, or could.
+    Started {
+        /// Since when: `CLOCK_MONOTONIC`, in nanoseconds.
+        at: u64,
+    },
+    /// It cannot.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds: the same in all processes of a host.
+pub fn monotonic() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    now.unwrap_or_default().as_nanos() as u64
+}

@@ -1,0 +1,302 @@
+//! A child's side: a monitor that waits to be forked from a VM, and what becomes of it.
+//!
+//! Everything that takes time or opens anything is done before it says that it is ready. Then it waits, for as long as it must, and is
+//! gone when its source is.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use civic_api::launch::ForkConfig;
+use civic_api::{ErrorBody, ErrorCode, Parent, VmConfig};
+use civic_devices::virtio::block::{Disk, DiskFormat, ReadDisk, WriteDisk, open_frozen};
+use civic_fork::disk::{Bytes, FrozenFile, FrozenParts, Overlay};
+use civic_fork::hello::{Hello, Role, VERSION};
+use civic_fork::mappings::Mappings;
+use civic_fork::pager::protocol::LastWord;
+use civic_fork::pager::{FEATURES, watch_child};
+use civic_fork::uffd::Userfault;
+use civic_fork::wire::{Wire, WireError};
+
+use super::{Go, PATIENCE, ToChild, ToSource, monotonic};
+use crate::layout::Layout;
+use crate::machine::{Board, GuestEvent, Machine};
+use crate::memory::Memory;
+use crate::resources::Resources;
+use crate::state::{MAX_BYTES, Sections};
+
+/// Where overlays are, if nothing else is said: on a disk, mostly.
+const OVERLAYS: &str = "/var/tmp";
+/// A child waits to be forked for as long as its source lives.
+const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
+
+fn failed(message: impl Into<String>) -> ErrorBody {
+    ErrorBody::new(ErrorCode::ForkFailed, message)
+}
+
+fn io_failed(what: &'static str) -> impl Fn(io::Error) -> ErrorBody {
+    move |e| failed(format!("{what}: {e}"))
+}
+
+/// A monitor that has heard what it is to be.
+pub struct Conceived {
+    link: Wire,
+    ram: File,
+    overlays: PathBuf,
+    /// What it is to be.
+    pub config: VmConfig,
+    source: String,
+}
+
+impl Conceived {
+    /// Connects to the source, and hears.
+    ///
+    /// # Errors
+    /// When nobody is there, or does not want to be forked.
+    pub fn new(request: &ForkConfig, dir: &Path) -> Result<Self, ErrorBody> {
+        let socket = civic_fork::hello::socket(&request.fork_of);
+        let nobody = |e: io::Error| {
+            let message = format!("nobody can be forked at {}: {e}", socket.display());
+            ErrorBody::new(ErrorCode::NotFound, message).with_hint("see 'civic list'")
+        };
+        let link = Wire::connect(&socket).map_err(nobody)?;
+        let hello = Hello { version: VERSION, role: Role::Child(request.name.clone()) };
+        link.send(&hello, &[]).map_err(|e| broken(&e))?;
+        let (welcome, fds) = link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?;
+        let (config, ram) = match (welcome, fds.into_iter().next()) {
+            (ToChild::Welcome { config }, Some(ram)) => (config, File::from(ram)),
+            (ToChild::Refused { why }, _) => return Err(failed(why)),
+            _ => return Err(failed("the source says something else than what it should")),
+        };
+        let source: VmConfig = serde_json::from_str(&config)
+            .map_err(|e| failed(format!("the source's configuration cannot be read: {e}")))?;
+        let name = source.name.clone();
+        let mut config = VmConfig { name: request.name.clone(), ..source };
+        if let Some(vsock) = &mut config.vsock {
+            vsock.uds = dir.join("vsock.sock");
+        }
+        let overlays = request.overlay_dir.clone().unwrap_or_else(|| OVERLAYS.into());
+        Ok(Self { link, ram, overlays, config, source: name })
+    }
+
+    /// Builds what can be built, says so and waits for the source to know it.
+    ///
+    /// # Errors
+    /// When this host cannot carry such a machine, or the source does not want it.
+    pub fn wait(
+        self,
+        resources: Resources,
+        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
+    ) -> Result<Unborn, ErrorBody> {
+        let Self { link, ram, overlays, config, source } = self;
+        let layout = Layout::new(config.memory_bytes).map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
+        let memory =
+            Memory::of_parent(&layout, Arc::new(ram)).map_err(|e| ErrorBody::from_error(ErrorCode::OutOfMemory, &e))?;
+        let fork_failed = |e: &(dyn std::error::Error + 'static)| {
+            ErrorBody::from_error(ErrorCode::ForkFailed, e).with_hint("'civic doctor' says what this host lacks")
+        };
+        let mappings = Mappings::of_private(&memory.ram).map_err(|e| fork_failed(&e))?;
+        let uffd = Userfault::open(FEATURES).map_err(|e| fork_failed(&e))?;
+        watch_child(&uffd, &mappings).map_err(|e| fork_failed(&e))?;
+        let (lifeline, there) = Wire::pair().map_err(io_failed("cannot make a lifeline"))?;
+        let board = Machine::unborn(&config, &resources, layout, memory, report)?;
+        let handed = uffd.try_clone().map_err(io_failed("cannot hand over a userfaultfd"))?;
+        let ready = ToSource::Ready { mappings };
+        link.send(&ready, &[handed.as_fd(), there.as_fd()]).map_err(|e| broken(&e))?;
+        match link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?.0 {
+            ToChild::Registered => Ok(Unborn { link, uffd, lifeline, board, overlays, config, source, resources }),
+            ToChild::Refused { why } => Err(failed(why)),
+            _ => Err(failed("the source says something else than what it should")),
+        }
+    }
+}
+
+fn broken(e: &WireError) -> ErrorBody {
+    failed(format!("the VM to be forked: {e}"))
+}
+
+/// A monitor that waits.
+pub struct Unborn {
+    link: Wire,
+    uffd: Userfault,
+    lifeline: Wire,
+    board: Board,
+    overlays: PathBuf,
+    config: VmConfig,
+    source: String,
+    resources: Resources,
+}
+
+/// A child's machine, and what else is its.
+pub struct Born {
+    /// Parked.
+    pub machine: Machine,
+    /// Opened.
+    pub resources: Resources,
+    /// What it is.
+    pub config: VmConfig,
+    /// Of whom.
+    pub parent: Parent,
+    /// The rest of what the source said.
+    pub go: Go,
+    /// The page server's other end, and what keeps the memory watched.
+    pub lifeline: Lifeline,
+    /// Where the source waits to hear.
+    pub link: Link,
+}
+
+impl Unborn {
+    /// Waits for the fork, and makes the machine.
+    ///
+    /// # Errors
+    /// When the source is gone, or its state cannot be this machine's. The source has been told.
+    pub fn birth(self, report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static) -> Result<Born, ErrorBody> {
+        let Self { link, uffd, lifeline, board, overlays, config, source, mut resources } = self;
+        let link = Link(link);
+        let (go, fds) = match link.0.receive::<ToChild>(FOREVER) {
+            Ok((ToChild::Go(go), fds)) => (go, fds),
+            Ok((ToChild::Refused { why }, _)) => return Err(failed(why)),
+            Ok(_) => return Err(failed("the source says something else than what it should")),
+            Err(WireError::Closed) => return Err(failed("the VM to be forked has ended, or does not want it")),
+            Err(e) => return Err(broken(&e)),
+        };
+        let made = (|| {
+            let mut sections = sections(fds)?;
+            for disk in &config.disks {
+                resources.disks.push(Arc::new(frozen_disk(&link.0, disk, &overlays)?));
+            }
+            let machine = Machine::born(board, &config, &resources, &mut sections, report)?;
+            sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
+            Ok(machine)
+        })();
+        let machine = match made {
+            Ok(machine) => machine,
+            Err(e) => {
+                let e: ErrorBody = e;
+                let _ = link.0.send(&ToSource::Failed { why: e.message.clone() }, &[]);
+                return Err(e);
+            }
+        };
+        let parent = Parent { name: source, generation: go.generation };
+        let lifeline = Lifeline { wire: lifeline, _uffd: uffd };
+        Ok(Born { machine, resources, config, parent, go, lifeline, link })
+    }
+}
+
+/// Where the source waits to hear that its child runs.
+pub struct Link(Wire);
+
+impl Link {
+    /// Says that it does, now.
+    pub fn started(self) {
+        // A source that is gone needs not know.
+        let _ = self.0.send(&ToSource::Started { at: monotonic() }, &[]);
+    }
+}
+
+/// As long as this is held, a child's memory is watched and the page server knows that it lives.
+pub struct Lifeline {
+    wire: Wire,
+    /// If it were closed everywhere, who waits for a page would see whatever is there.
+    _uffd: Userfault,
+}
+
+impl Lifeline {
+    /// Waits for the page server's last word, which is this VM's end.
+    pub fn last_word(&self) -> String {
+        match self.wire.receive::<LastWord>(FOREVER) {
+            Ok((last, _)) => last.why,
+            Err(WireError::Closed) => "its page server has died".into(),
+            Err(e) => format!("its page server: {e}"),
+        }
+    }
+}
+
+fn sections(fds: Vec<OwnedFd>) -> Result<Sections, ErrorBody> {
+    let memfd = fds.into_iter().next().ok_or_else(|| failed("the state is missing"))?;
+    let mut bytes = Vec::new();
+    let mut file = File::from(memfd);
+    file.rewind()
+        .and_then(|()| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
+        .map_err(io_failed("cannot read the state"))?;
+    Sections::decode(&bytes).map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))
+}
+
+/// The disk of which the source tells next: what it held at the fork, under what this VM writes.
+fn frozen_disk(link: &Wire, config: &civic_api::DiskConfig, overlays: &Path) -> Result<Disk, ErrorBody> {
+    let (message, fds) = link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?;
+    let ToChild::Disk { files } = message else { return Err(failed("the source does not tell of a disk")) };
+    let told = |e: io::Error| failed(format!("disk '{}' cannot be forked: {e}", config.id));
+    let mut fds = fds.into_iter();
+    let mut frozen: Vec<Arc<dyn ReadDisk>> = Vec::new();
+    for (state, count) in files {
+        let parts = FrozenParts { state, fds: fds.by_ref().take(count.into()).collect() };
+        let file = FrozenFile::open(parts).map_err(|e| told(io::Error::other(e)))?;
+        frozen.push(Arc::new(Frozen(Arc::new(file))));
+    }
+    let format = match config.format {
+        civic_api::DiskFormat::Raw => DiskFormat::Raw,
+        civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+    };
+    let base = open_frozen(frozen, format).map_err(told)?;
+    let overlay = Overlay::new(Arc::new(Base(base)), overlays).map_err(|e| {
+        told(e).with_hint(format!("'civic fork --overlay-dir' says where its writes go; now {}", overlays.display()))
+    })?;
+    Disk::plugged(Arc::new(Layers(overlay)), config.read_only).map_err(told)
+}
+
+/// A frozen file, as the image formats' reader wants it.
+struct Frozen(Arc<FrozenFile>);
+
+impl ReadDisk for Frozen {
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+}
+
+/// A frozen disk, as an overlay wants it.
+struct Base(Arc<dyn ReadDisk>);
+
+impl Bytes for Base {
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+}
+
+/// An overlay, as the block device wants it.
+struct Layers(Overlay);
+
+impl ReadDisk for Layers {
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+}
+
+impl WriteDisk for Layers {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.zero(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.discard(offset, len)
+    }
+}

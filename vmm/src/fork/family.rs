@@ -1,0 +1,445 @@
+//! A source's family: who waits to be forked from it, who was, and the page server that they all need.
+//!
+//! One thread accepts connections, one per connection hears who it is. What they learn stands in [`Family`], where the thread that makes a
+//! fork waits for it. Nothing here touches the machine.
+//!
+//! Locks: `inner` is a leaf, never held while talking with another process. Page servers' events come on their watchdogs' threads.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use civic_api::{ChildVm, ErrorBody, ErrorCode, Family as FamilyInfo, Parent};
+use civic_fork::disk::Generation as DiskGeneration;
+use civic_fork::hello::{Hello, Role, VERSION};
+use civic_fork::mappings::Mappings;
+use civic_fork::pager::{ChildId, Counters, GenerationId, Notice};
+use civic_fork::ram::{PAGE, Ram};
+use civic_fork::source::{Event, PageServer, SourceError};
+use civic_fork::uffd::Userfault;
+use civic_fork::wire::{Listener, Wire};
+use tracing::{info, warn};
+
+use super::point::Freezable;
+use super::{PATIENCE, ToChild, ToSource};
+use crate::memory::Keeper;
+
+/// How long a fork waits for a page server that is just being started.
+const PAGE_SERVER: Duration = Duration::from_secs(5);
+/// Most monitors that wait at a time.
+const MAX_WAITING: usize = 256;
+
+/// The machine of this boot, as far as a fork needs it.
+pub struct Origin {
+    /// Its RAM.
+    pub ram: Arc<Ram>,
+    /// The same, for children to read.
+    pub read_only: File,
+    /// Has pages stay that the guest gives back.
+    pub keeper: Keeper,
+}
+
+/// A monitor that waits to be forked.
+pub struct Waiting {
+    /// To it.
+    pub link: Wire,
+    /// Where its RAM is watched.
+    pub uffd: Userfault,
+    /// Where it has its RAM.
+    pub mappings: Mappings,
+    /// The page server's end.
+    pub lifeline: Wire,
+}
+
+/// A child that lives.
+#[derive(Clone, Debug)]
+struct Alive {
+    name: String,
+    pid: u32,
+    generation: GenerationId,
+}
+
+/// What is frozen for a generation, besides memory.
+struct Frozen {
+    children: Vec<ChildId>,
+    disks: Vec<DiskGeneration>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// None while there is no machine, or one that cannot be forked.
+    origin: Option<Arc<Origin>>,
+    config: String,
+    /// A page server that has connected and not begun.
+    page_server: Option<Wire>,
+    server: Option<Arc<PageServer>>,
+    /// Those of machines that are no more, whose children live on.
+    former: Vec<Arc<PageServer>>,
+    waiting: BTreeMap<String, Waiting>,
+    children: BTreeMap<ChildId, Alive>,
+    frozen: BTreeMap<GenerationId, Frozen>,
+    next_child: ChildId,
+    /// Added to what page servers count, each of which begins anew; and the last that came of it.
+    generations: GenerationId,
+    last: GenerationId,
+    /// Those of the last fork. Watched while something of them is frozen, or is being frozen: so many times.
+    disks: Option<Arc<Vec<Freezable>>>,
+    pins: u32,
+    /// What the last child needed first.
+    needed: Vec<(u32, u32)>,
+}
+
+/// See the module's documentation.
+pub struct Family {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    parent: Option<Parent>,
+}
+
+impl Family {
+    /// Of a VM that was forked from `parent`, or of none.
+    pub fn new(parent: Option<Parent>) -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::default(), changed: Condvar::new(), parent })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens in the VM's directory.
+    ///
+    /// # Errors
+    /// When the system refuses the socket or a thread.
+    pub fn listen(self: &Arc<Self>, dir: &Path) -> io::Result<()> {
+        let listener = Listener::bind(&civic_fork::hello::socket(dir))?;
+        let family = Arc::downgrade(self);
+        let accept = move || {
+            loop {
+                match (listener.accept(), family.upgrade()) {
+                    (_, None) => return,
+                    (Ok(wire), Some(family)) => {
+                        let hear = move || family.hear(wire);
+                        if let Err(e) = std::thread::Builder::new().name("fork-hello".into()).spawn(hear) {
+                            warn!("cannot hear who connects to fork.sock: {e}");
+                        }
+                    }
+                    (Err(e), Some(_)) => {
+                        warn!("cannot accept a connection on fork.sock: {e}");
+                        // Out of descriptors, mostly: those of ended connections come back.
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new().name("fork-gate".into()).spawn(accept).map(drop)
+    }
+
+    /// Hears who connects, and answers.
+    fn hear(&self, wire: Wire) {
+        let hello = match wire.receive::<Hello>(PATIENCE) {
+            Ok((hello, _)) => hello,
+            Err(e) => return warn!("somebody connected to fork.sock: {e}"),
+        };
+        if hello.version != VERSION {
+            let why =
+                format!("it speaks version {} of the fork's protocol, this VM's monitor {VERSION}", hello.version);
+            let _ = wire.send(&ToChild::Refused { why }, &[]);
+            return;
+        }
+        match hello.role {
+            Role::PageServer => {
+                let mut inner = self.inner();
+                if inner.page_server.is_none() && !inner.server.as_ref().is_some_and(|server| server.lives()) {
+                    inner.page_server = Some(wire);
+                    self.changed.notify_all();
+                }
+            }
+            Role::Child(name) => {
+                if let Err(why) = self.welcome(name, &wire) {
+                    info!("a monitor cannot be forked from this VM: {why}");
+                    let _ = wire.send(&ToChild::Refused { why }, &[]);
+                }
+            }
+        }
+    }
+
+    fn welcome(&self, name: String, link: &Wire) -> Result<(), String> {
+        let (origin, config) = {
+            let inner = self.inner();
+            if inner.waiting.len() >= MAX_WAITING {
+                return Err(format!("{MAX_WAITING} monitors wait already"));
+            }
+            (inner.origin.clone(), inner.config.clone())
+        };
+        let origin = origin.ok_or_else(|| self.why_not())?;
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        link.send(&ToChild::Welcome { config }, &[origin.read_only.as_fd()]).map_err(|e| text(&e))?;
+        let (ready, fds) = link.receive::<ToSource>(PATIENCE).map_err(|e| text(&e))?;
+        let ToSource::Ready { mappings } = ready else { return Err("it is not ready".into()) };
+        let [uffd, lifeline]: [_; 2] = fds.try_into().map_err(|_| "descriptors are missing")?;
+        let uffd = Userfault::of_another(uffd).map_err(|e| text(&e))?;
+        let link = link.try_clone().map_err(|e| text(&e))?;
+        let told = link.try_clone().map_err(|e| text(&e))?;
+        let mut inner = self.inner();
+        inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
+        let taken = inner.waiting.contains_key(&name) || inner.children.values().any(|child| child.name == name);
+        if taken {
+            return Err(format!("a child '{name}' is there already"));
+        }
+        inner.waiting.insert(name, Waiting { link, uffd, mappings, lifeline: Wire::from(lifeline) });
+        drop(inner);
+        told.send(&ToChild::Registered, &[]).map_err(|e| text(&e))
+    }
+
+    fn why_not(&self) -> String {
+        match &self.parent {
+            Some(_) => "it is a fork itself: forks of forks are not there yet".into(),
+            None => "there is no machine that could be forked".into(),
+        }
+    }
+
+    /// What the API tells.
+    pub fn info(&self) -> FamilyInfo {
+        let mut inner = self.inner();
+        inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
+        let lives = inner.server.as_ref().is_some_and(|server| server.lives());
+        FamilyInfo {
+            parent: self.parent.clone(),
+            children: inner
+                .children
+                .values()
+                .map(|Alive { name, pid, generation }| ChildVm {
+                    name: name.clone(),
+                    pid: *pid,
+                    generation: *generation,
+                })
+                .collect(),
+            waiting: inner.waiting.keys().cloned().collect(),
+            page_server: lives || inner.page_server.as_ref().is_some_and(|wire| !wire.hung_up()),
+        }
+    }
+
+    /// What the page server counts, if there is one. Waits for it.
+    pub fn counters(&self) -> Option<(Counters, Vec<(GenerationId, u32)>)> {
+        let server = self.inner().server.clone()?;
+        server.counters().ok()
+    }
+
+    /// From now on this machine is forked; `config` is what its children are to be.
+    pub fn set_origin(&self, origin: Origin, config: String) {
+        let mut inner = self.inner();
+        inner.origin = Some(Arc::new(origin));
+        inner.config = config;
+    }
+
+    /// The machine is about to go. Who waits for it waits in vain; its children keep its memory.
+    pub fn leave_origin(&self) {
+        let (server, _waiting, _origin) = {
+            let mut inner = self.inner();
+            (inner.server.take(), std::mem::take(&mut inner.waiting), inner.origin.take())
+        };
+        if let Some(server) = server.filter(|server| server.lives()) {
+            server.leave();
+            self.inner().former.push(server);
+        }
+    }
+
+    /// Takes those of these names who wait.
+    pub fn take_waiting(&self, names: &[String]) -> Result<Vec<Waiting>, ErrorBody> {
+        let mut inner = self.inner();
+        inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
+        if let Some(missing) = names.iter().find(|name| !inner.waiting.contains_key(*name)) {
+            let message = format!("no monitor waits to be forked from this VM as '{missing}'");
+            return Err(ErrorBody::new(ErrorCode::NotFound, message).with_hint("'civic fork' starts one"));
+        }
+        Ok(names.iter().filter_map(|name| inner.waiting.remove(name)).collect())
+    }
+
+    /// The page server, which serves this origin from now on if it did not before.
+    pub fn server(self: &Arc<Self>) -> Result<(Arc<PageServer>, Arc<Origin>), ErrorBody> {
+        let deadline = Instant::now() + PAGE_SERVER;
+        let mut inner = self.inner();
+        loop {
+            let Some(origin) = inner.origin.clone() else {
+                return Err(ErrorBody::new(ErrorCode::ForkFailed, self.why_not()));
+            };
+            if let Some(server) = inner.server.clone().filter(|server| server.lives()) {
+                return Ok((server, origin));
+            }
+            if let Some(wire) = inner.page_server.take() {
+                let needed = std::mem::take(&mut inner.needed);
+                drop(inner);
+                let server = self.begin(wire, &origin, needed).map_err(|e| {
+                    ErrorBody::from_error(ErrorCode::ForkFailed, &e)
+                        .with_hint("'civic doctor' says what this host lacks")
+                })?;
+                let mut inner = self.inner();
+                inner.server = Some(Arc::clone(&server));
+                inner.generations = inner.last;
+                return Ok((server, origin));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let error = ErrorBody::new(ErrorCode::ForkFailed, "the VM has no page server");
+                return Err(error.with_hint("'civic fork' starts one; by hand: 'civic-pager DIRECTORY'"));
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        wire: Wire,
+        origin: &Arc<Origin>,
+        needed: Vec<(u32, u32)>,
+    ) -> Result<Arc<PageServer>, SourceError> {
+        let limit = u32::try_from(origin.ram.bytes() / PAGE as u64).unwrap_or(u32::MAX);
+        let (family, keeper) = (Arc::downgrade(self), origin.keeper.clone());
+        let event = move |event| heed(&family, &keeper, event);
+        PageServer::begin(wire, Arc::clone(&origin.ram), limit, needed, patience(), event).map(Arc::new)
+    }
+
+    /// Whether this is the page server of the present machine.
+    pub fn serves(&self, server: &Arc<PageServer>) -> bool {
+        self.inner().server.as_ref().is_some_and(|present| Arc::ptr_eq(present, server))
+    }
+
+    /// A number for a child.
+    pub fn number(&self) -> ChildId {
+        let mut inner = self.inner();
+        inner.next_child += 1;
+        inner.next_child
+    }
+
+    /// What the VM calls a generation of its present page server.
+    pub fn numbered(&self, generation: GenerationId) -> GenerationId {
+        let mut inner = self.inner();
+        inner.last = inner.generations + generation;
+        inner.last
+    }
+
+    /// These disks are about to be frozen: from now on they are watched.
+    pub fn pin(&self, disks: &Arc<Vec<Freezable>>) {
+        let mut inner = self.inner();
+        inner.pins += 1;
+        inner.disks = Some(Arc::clone(disks));
+    }
+
+    /// They were not.
+    pub fn unpin(&self) {
+        let mut inner = self.inner();
+        inner.pins -= 1;
+        thaw_unused(&inner);
+    }
+
+    /// A fork point: `disks` stay frozen as long as one of `children` lives.
+    pub fn freeze(&self, generation: GenerationId, children: Vec<ChildId>, disks: Vec<DiskGeneration>) {
+        let mut inner = self.inner();
+        inner.frozen.insert(generation, Frozen { children, disks });
+        inner.pins -= 1;
+    }
+
+    /// A child has begun to live.
+    pub fn add(&self, child: ChildId, name: String, pid: u32, generation: GenerationId) {
+        let mut inner = self.inner();
+        // It may have ended already.
+        if inner.frozen.get(&generation).is_some_and(|frozen| frozen.children.contains(&child)) {
+            inner.children.insert(child, Alive { name, pid, generation });
+        }
+    }
+
+    /// A child is no more, or never was.
+    pub fn remove(&self, child: ChildId) {
+        let ended: Vec<_> = {
+            let mut inner = self.inner();
+            inner.children.remove(&child);
+            for frozen in inner.frozen.values_mut() {
+                frozen.children.retain(|other| *other != child);
+            }
+            // Dropped without the lock: it gives back space.
+            let ended = inner.frozen.extract_if(.., |_, frozen| frozen.children.is_empty()).collect();
+            thaw_unused(&inner);
+            ended
+        };
+        drop(ended);
+    }
+
+    /// The disks of a fork point are lost: whoever needs them must end. Called by a disk's thread, so another does it.
+    pub fn disks_lost(self: &Arc<Self>, why: String) {
+        let family = Arc::clone(self);
+        let lose = move || {
+            let (servers, lost): (Vec<_>, Vec<_>) = {
+                let inner = family.inner();
+                let lost = inner.frozen.values().filter(|frozen| frozen.disks.iter().any(|disk| disk.lost().is_some()));
+                (
+                    inner.server.iter().chain(&inner.former).cloned().collect(),
+                    lost.flat_map(|frozen| frozen.children.clone()).collect(),
+                )
+            };
+            for (server, child) in servers.iter().flat_map(|server| lost.iter().map(move |child| (server, child))) {
+                let _ = server.lose(*child, why.clone());
+            }
+        };
+        if let Err(e) = std::thread::Builder::new().name("fork-lost".into()).spawn(lose) {
+            warn!("cannot tell children that their disks are lost: {e}");
+        }
+    }
+}
+
+/// How long a page server may stand still: `CIVIC_PAGER_PATIENCE_MS`, for hosts that are so slow that one which is well may.
+fn patience() -> Duration {
+    let said = std::env::var("CIVIC_PAGER_PATIENCE_MS").ok().and_then(|text| text.parse().ok());
+    said.map_or(civic_fork::source::PATIENCE, Duration::from_millis)
+}
+
+/// Has nobody watch the disks any more, once nothing of them is frozen.
+fn thaw_unused(inner: &Inner) {
+    if inner.frozen.is_empty() && inner.pins == 0 {
+        inner.disks.iter().flat_map(|disks| disks.iter()).for_each(Freezable::thaw);
+    }
+}
+
+/// Takes note of what a page server says.
+fn heed(family: &Weak<Family>, keeper: &Keeper, event: Event) {
+    let Some(family) = family.upgrade() else { return };
+    match event {
+        Event::Notice(Notice::Gone(child)) => family.remove(child),
+        Event::Notice(Notice::Lost(child, why)) => info!(child, "a child is lost: {why}"),
+        Event::Notice(Notice::SourceGone) => {}
+        Event::Notice(Notice::Idle { needed }) => {
+            family.inner().needed = needed;
+            keeper.keep(false);
+            family.retire();
+        }
+        Event::Ended(why) => {
+            warn!("the page server has ended: {why}; all children with it, this VM goes on");
+            keeper.keep(false);
+            let children: Vec<_> = {
+                let mut inner = family.inner();
+                inner.server = None;
+                inner.frozen.values().flat_map(|frozen| frozen.children.clone()).collect()
+            };
+            children.into_iter().for_each(|child| family.remove(child));
+        }
+    }
+}
+
+impl Family {
+    /// Lets the page server go that has nothing to do, unless somebody waits to be forked.
+    fn retire(self: &Arc<Self>) {
+        let mut inner = self.inner();
+        if !inner.waiting.is_empty() {
+            return;
+        }
+        let server = inner.server.take();
+        drop(inner);
+        // Not here: this is its own thread, which the drop waits for.
+        if let Some(server) = server {
+            let _ = std::thread::Builder::new().name("fork-retire".into()).spawn(move || drop(server));
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! A source's fork: everything before and after the pause in a thread of its own, the pause itself by the supervisor.
+//!
+//! ```text
+//!  thread "fork":  page server, Adopt, Arm ──▶ supervisor: pause, state, disks, Freeze, run ──▶ thread: Go, Disk…, Started
+//! ```
+//!
+//! Whatever fails before `Freeze` leaves the source as it was; from then on it runs whatever becomes of the children.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use civic_api::{DiskConfig, ErrorBody, ErrorCode, FailedVm, ForkReport, ForkRequest, ForkStages, ForkedVm};
+use civic_devices::virtio::block::{BeforeWrite, Disk};
+use civic_fork::disk::{
+    Freezer, FreezerOptions, FrozenParts, FrozenStateV1, Generation as DiskGeneration, reopen_read_only,
+};
+use civic_fork::pager::{ChildId, GenerationId};
+use civic_fork::source::PageServer;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use tracing::info;
+
+use super::family::{Family, Waiting};
+use super::{Go, ToChild, ToSource, monotonic};
+use crate::state::Sections;
+
+/// How long a child may take to live, once it has everything.
+const BIRTH: Duration = Duration::from_secs(30);
+/// Where what the source overwrites on its disks is kept: on a disk, mostly. Without a name, and gone with the last child.
+const STORES: &str = "/var/tmp";
+/// Most bytes kept of a disk.
+const STORE_LIMIT: u64 = 64 << 30;
+
+/// A disk that children are to have as it is at a fork point.
+pub struct Freezable {
+    id: String,
+    disk: Arc<Disk>,
+    /// Its image, frozen anew each time; none for one that nobody writes.
+    freezer: Option<Arc<Freezer>>,
+    /// What else it builds upon, which nobody writes. The image too, if it is read-only.
+    still: Vec<File>,
+}
+
+/// Tells a freezer what a disk is about to overwrite.
+struct Watcher(Arc<Freezer>);
+
+impl BeforeWrite for Watcher {
+    fn before_write(&self, range: Range<u64>) {
+        self.0.before_write(range);
+    }
+
+    fn needs(&self, range: Range<u64>) -> bool {
+        self.0.needs(range)
+    }
+}
+
+impl Freezable {
+    /// Prepares a disk for fork points.
+    ///
+    /// # Errors
+    /// When it is of a kind that cannot be forked, or there is no place for what must be kept of it.
+    pub fn new(config: &DiskConfig, disk: &Arc<Disk>, family: &Arc<Family>) -> Result<Self, ErrorBody> {
+        let told =
+            |e: io::Error| ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be forked: {e}", config.id));
+        let mut files = disk.files().map_err(told)?.into_iter();
+        let image = files.next().ok_or_else(|| told(io::Error::other("it is a fork's itself")))?;
+        let mut still = Vec::new();
+        let freezer = if disk.read_only() {
+            still.push(image);
+            None
+        } else {
+            let options = FreezerOptions { store: STORES.into(), limit: STORE_LIMIT, reflink: None };
+            let (family, id) = (Arc::downgrade(family), config.id.clone());
+            let lost = move |_, why| {
+                if let Some(family) = family.upgrade() {
+                    family.disks_lost(format!("what disk '{id}' held at the fork is lost: {why}"));
+                }
+            };
+            let reader = reopen_read_only(&image).map_err(told)?;
+            Some(Freezer::over_file(reader, options, Box::new(lost)).map_err(told)?)
+        };
+        still.extend(files);
+        Ok(Self { id: config.id.clone(), disk: Arc::clone(disk), freezer, still })
+    }
+
+    /// The fork point. Nothing is in flight.
+    ///
+    /// # Errors
+    /// When its image's metadata cannot be written, or there is no memory.
+    pub fn freeze(&self) -> Result<Option<DiskGeneration>, ErrorBody> {
+        let told =
+            |e: io::Error| ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be frozen: {e}", self.id));
+        let Some(freezer) = &self.freezer else { return Ok(None) };
+        self.disk.write_back().map_err(told)?;
+        let generation = freezer.freeze().map_err(told)?;
+        self.disk.watch(Some(Arc::new(Watcher(Arc::clone(freezer)))));
+        Ok(Some(generation))
+    }
+
+    /// Nothing of it is frozen: its writes are nobody's business.
+    pub fn thaw(&self) {
+        self.disk.watch(None);
+    }
+
+    /// What a child needs to read it.
+    fn parts(&self, generation: Option<&DiskGeneration>) -> io::Result<Vec<FrozenParts>> {
+        let image = generation.map(DiskGeneration::parts);
+        image.into_iter().chain(self.still.iter().map(FrozenParts::of_read_only)).collect()
+    }
+}
+
+/// What the supervisor is asked for: the pause.
+pub struct Pause {
+    /// The page server, armed.
+    pub server: Arc<PageServer>,
+    /// The children to come.
+    pub children: Vec<ChildId>,
+    /// The disks.
+    pub disks: Arc<Vec<Freezable>>,
+}
+
+/// What it gives back.
+pub struct Paused {
+    /// The state of everything but memory and disks.
+    pub sections: Sections,
+    /// As the page server counts.
+    pub generation: GenerationId,
+    /// Of each disk; none for one that nobody writes.
+    pub disks: Vec<Option<DiskGeneration>>,
+    /// How long each part took.
+    pub stages: ForkStages,
+    /// How often the guest has started.
+    pub boots: u64,
+    /// How long it has run.
+    pub run: Duration,
+}
+
+/// A fork to be made.
+pub struct Fork {
+    /// What was asked.
+    pub request: ForkRequest,
+    /// When, by [`monotonic`].
+    pub begun: u64,
+    /// Whose.
+    pub family: Arc<Family>,
+    /// Its disks.
+    pub disks: Arc<Vec<Freezable>>,
+}
+
+fn micros(since: Instant) -> u64 {
+    since.elapsed().as_micros() as u64
+}
+
+impl Fork {
+    /// Makes it. `pause` asks the supervisor for the pause.
+    ///
+    /// # Errors
+    /// When nothing came of it; the source is as it was.
+    pub fn make(
+        self,
+        pause: impl FnOnce(Pause) -> Receiver<Result<Paused, ErrorBody>>,
+    ) -> Result<ForkReport, ErrorBody> {
+        let Self { request, begun, family, disks } = self;
+        let started = Instant::now();
+        let waiting = family.take_waiting(&request.children)?;
+        let (server, origin) = family.server()?;
+        let failed = |e: &(dyn std::error::Error + 'static)| ErrorBody::from_error(ErrorCode::ForkFailed, e);
+        let mut children = Vec::new();
+        for (name, Waiting { link, uffd, mappings, lifeline }) in request.children.iter().zip(waiting) {
+            let id = family.number();
+            let adopted = server.adopt(id, &link, &uffd, mappings, &lifeline);
+            adopted.map_err(|e| failed(&e).with_hint(format!("it was about '{name}'")))?;
+            children.push((id, name.clone(), link));
+        }
+        let ids: Vec<_> = children.iter().map(|(id, ..)| *id).collect();
+        let give_up = |e: ErrorBody| {
+            let _ = server.abandon();
+            ids.iter().for_each(|id| drop(server.forget(*id)));
+            e
+        };
+        let prepare_us = micros(started);
+        let arming = Instant::now();
+        // From now on pages stay that the guest gives back: children will want them.
+        origin.keeper.keep(true);
+        let armed = server.arm().map_err(|e| give_up(failed(&e)))?;
+        let arm_us = micros(arming);
+        let asked = Pause { server: Arc::clone(&server), children: ids.clone(), disks: Arc::clone(&disks) };
+        let gone = || ErrorBody::new(ErrorCode::ForkFailed, "the VM has ended");
+        let paused = pause(asked).recv().unwrap_or_else(|_| Err(gone())).map_err(give_up)?;
+        let born = Instant::now();
+        let Paused { sections, generation, disks: frozen, mut stages, boots, run } = paused;
+        let numbered = family.numbered(generation);
+        let go = Go { generation: numbered, paused: request.paused, boots, run };
+        let sent = hand_over(&children, &sections, &go, &disks, &frozen);
+        family.freeze(numbered, ids, frozen.into_iter().flatten().collect());
+        if let Err(e) = sent {
+            children.iter().for_each(|(id, ..)| lose(&family, &server, *id));
+            return Err(ErrorBody::new(ErrorCode::ForkFailed, format!("the state cannot be handed over: {e}")));
+        }
+        let (mut lives, mut dead) = (Vec::new(), Vec::new());
+        for (id, name, link) in children {
+            match link.receive::<ToSource>(BIRTH) {
+                Ok((ToSource::Started { at }, _)) => {
+                    let pid = link.peer().unwrap_or_default() as u32;
+                    family.add(id, name.clone(), pid, numbered);
+                    lives.push(ForkedVm { name, pid, running_us: at.saturating_sub(begun) / 1000 });
+                }
+                other => {
+                    let message = match other {
+                        Ok((ToSource::Failed { why }, _)) => why,
+                        Ok(_) => "it says something else than that it lives".into(),
+                        Err(e) => e.to_string(),
+                    };
+                    lose(&family, &server, id);
+                    dead.push(FailedVm { name, message });
+                }
+            }
+        }
+        (stages.prepare_us, stages.arm_us, stages.birth_us) = (prepare_us, arm_us, micros(born));
+        stages.total_us = monotonic().saturating_sub(begun) / 1000;
+        info!(
+            generation = numbered,
+            children = lives.len(),
+            ?stages,
+            rounds = armed.rounds,
+            left = armed.left,
+            "forked"
+        );
+        match (lives.is_empty(), dead.first()) {
+            (true, Some(FailedVm { name, message })) => {
+                let message = format!("'{name}' could not be brought to life: {message}");
+                Err(ErrorBody::new(ErrorCode::ForkFailed, message).with_hint("see vmm.log in its directory"))
+            }
+            _ => Ok(ForkReport { generation: numbered, children: lives, failed: dead, stages }),
+        }
+    }
+}
+
+fn lose(family: &Family, server: &PageServer, child: ChildId) {
+    let _ = server.forget(child);
+    family.remove(child);
+}
+
+/// Gives every child its state and its disks. One that is gone by now is noticed later.
+fn hand_over(
+    children: &[(ChildId, String, civic_fork::wire::Wire)],
+    sections: &Sections,
+    go: &Go,
+    disks: &[Freezable],
+    frozen: &[Option<DiskGeneration>],
+) -> io::Result<()> {
+    let state = sections.encode();
+    for (_, _, link) in children {
+        // One each: they read from where it stands.
+        let mut memfd = File::from(memfd_create(c"civic-state", MFdFlags::MFD_CLOEXEC)?);
+        memfd.write_all(&state)?;
+        let _ = link.send(&ToChild::Go(go.clone()), &[memfd.as_fd()]);
+        for (disk, generation) in disks.iter().zip(frozen) {
+            let parts = disk.parts(generation.as_ref())?;
+            let files: Vec<(FrozenStateV1, u8)> = parts.iter().map(|part| (part.state, part.fds.len() as u8)).collect();
+            let fds: Vec<_> = parts.iter().flat_map(|part| part.fds.iter().map(AsFd::as_fd)).collect();
+            let _ = link.send(&ToChild::Disk { files }, &fds);
+        }
+    }
+    Ok(())
+}
