@@ -11,11 +11,12 @@ use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use civic_api::{VmInfo, routes};
+use civic_api::{ForkReport, VmInfo, routes};
 
 /// How long a guest may take to boot: an emulated host is slow, and slower when something else keeps its cores busy.
 pub const BOOT: Duration = Duration::from_secs(420);
@@ -178,7 +179,7 @@ impl Console {
     /// The last of what came.
     pub fn tail(&self) -> String {
         let lines: Vec<_> = self.text.lines().collect();
-        lines[lines.len().saturating_sub(60)..].join("\n")
+        lines[lines.len().saturating_sub(120)..].join("\n")
     }
 }
 
@@ -186,11 +187,11 @@ impl Console {
 pub struct Vm {
     /// Its name.
     pub name: String,
-    run_dir: tempfile::TempDir,
+    run_dir: Arc<tempfile::TempDir>,
     /// Its serial console.
     pub console: Console,
-    /// Its network.
-    pub tap: Tap,
+    /// Its network. A fork has its source's, and is not on it.
+    pub tap: Arc<Tap>,
     userland: Userland,
     /// Counts commands, to tell their output from its echo.
     step: u32,
@@ -200,6 +201,8 @@ pub struct Vm {
 pub fn civic(run_dir: &Path) -> Result<Command> {
     let mut command = Command::new(from_env("CIVIC_BIN_DIR")?.join("civic"));
     command.arg("--run-dir").arg(run_dir).env("CIVIC_LOG", "info,civic_vmm::vcpu=debug");
+    // Emulated hosts leave a process standing for that long.
+    command.env("CIVIC_PAGER_PATIENCE_MS", "20000");
     Ok(command)
 }
 
@@ -249,7 +252,7 @@ impl Vm {
         checked(command.args(&spec.more).output()?, "civic run")?;
         let socket = run_dir.path().join(&name).join("api.sock");
         let console = Console::attach(&socket, "serial")?;
-        Ok(Self { name, run_dir, console, tap, userland: spec.userland, step: 0 })
+        Ok(Self { name, run_dir: Arc::new(run_dir), console, tap: Arc::new(tap), userland: spec.userland, step: 0 })
     }
 
     /// Waits until the guest has booted and its shell on the console answers.
@@ -368,6 +371,29 @@ impl Vm {
         ensure!(after.pid != before.pid, "it is the same process");
         ensure!(after.boots == before.boots, "{} boots before, {} after", before.boots, after.boots);
         ensure!(self.sh("echo here")? == "here", "the shell does not answer");
+        Ok(())
+    }
+
+    /// Forks the guest: the child, whose shell is where this one's is, and what `civic fork` told.
+    pub fn fork(&self, name: &str) -> Result<(Self, ForkReport)> {
+        let report = self.civic(&["fork", "--name", name, "--json"])?;
+        let console = Console::attach(&self.run_dir.path().join(name).join("api.sock"), "serial")?;
+        let mut child = Self {
+            name: name.into(),
+            run_dir: Arc::clone(&self.run_dir),
+            console,
+            tap: Arc::clone(&self.tap),
+            userland: self.userland,
+            step: self.step,
+        };
+        ensure!(child.sh("echo here")? == "here", "the child's shell does not answer");
+        Ok((child, serde_json::from_str(&report)?))
+    }
+
+    /// Ends the guest at once and checks that nothing of it is left.
+    pub fn kill(self) -> Result<()> {
+        self.civic(&["kill"])?;
+        ensure!(!self.dir().exists(), "{} is still there", self.dir().display());
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Whatever waits has a deadline; when it passes, the test fails with the console's text and the monitor's log.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +16,8 @@ use std::time::{Duration, Instant};
 use civic_api::client::{Client, ClientError};
 use civic_api::launch::{Launch, SOCKET_FILE};
 use civic_api::{
-    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, SaveReport, SaveRequest, VmConfig, VmInfo, VmState,
+    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, ForkReport, ForkRequest, SaveReport, SaveRequest, VmConfig,
+    VmInfo, VmState,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -30,6 +32,11 @@ const GLANCE: Duration = Duration::from_millis(100);
 
 /// The monitor's binary: in `CIVIC_BIN_DIR`, or where cargo put it beside the tests.
 pub fn monitor_binary() -> PathBuf {
+    binary("civic-vmm")
+}
+
+/// One of the product's binaries.
+fn binary(name: &str) -> PathBuf {
     let dir = match std::env::var_os("CIVIC_BIN_DIR") {
         Some(dir) => PathBuf::from(dir),
         None => {
@@ -38,10 +45,10 @@ pub fn monitor_binary() -> PathBuf {
             deps.parent().expect("the directory of tests lies in one of binaries").to_owned()
         }
     };
-    let binary = dir.join("civic-vmm");
+    let binary = dir.join(name);
     assert!(
         binary.is_file(),
-        "{} does not exist: 'cargo build -p civic-vmm' makes it, or set CIVIC_BIN_DIR",
+        "{} does not exist: 'cargo build --bins' makes it, or set CIVIC_BIN_DIR",
         binary.display()
     );
     binary
@@ -284,6 +291,27 @@ pub struct Vm {
     runtime: Runtime,
     client: Client,
     console: Console,
+    /// Its page server, and former ones.
+    page_servers: RefCell<Vec<Process>>,
+}
+
+/// A monitor that waits to be forked from a VM. Dropping it ends the process.
+pub struct Waiting {
+    setup: Rc<Setup>,
+    child: Process,
+    log: PathBuf,
+}
+
+impl Waiting {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.setup.config.name
+    }
+
+    /// The monitor's process.
+    pub fn pid(&self) -> u32 {
+        self.child.0.id()
+    }
 }
 
 struct Console {
@@ -298,7 +326,8 @@ impl Vm {
         let runtime = runtime();
         let client = Client::new(setup.dir().join(SOCKET_FILE));
         let console = attach(client.clone());
-        Self { setup, child, log, deadline: Instant::now() + PATIENCE, runtime, client, console }
+        let (deadline, page_servers) = (Instant::now() + PATIENCE, RefCell::default());
+        Self { setup, child, log, deadline, runtime, client, console, page_servers }
     }
 
     /// Fails the test with all that is known.
@@ -492,6 +521,53 @@ impl Vm {
     /// The VM that was saved to `name`, waiting for [`Vm::start`]. This one must have ended.
     pub fn restored(&self, name: &str) -> Vm {
         launch(Rc::clone(&self.setup), &self.setup.restoring(name))
+    }
+
+    /// A monitor that waits to be forked from this VM.
+    pub fn waiting(&self, name: &str) -> Waiting {
+        let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
+        let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
+        let setup = Rc::new(Setup { root, config, user: None, run_dir: self.setup.run_dir.clone() });
+        let request = serde_json::json!({ "name": name, "fork_of": self.dir(), "overlay_dir": setup.root() });
+        let (child, launch, log) = setup.spawn(&setup.write_config(&request.to_string()));
+        match launch {
+            Launch::Ready { pid, .. } => assert_eq!(pid, child.0.id()),
+            Launch::Failed { error } => panic!("nobody waits: {error:?}; the log:\n{}", read(&log)),
+        }
+        Waiting { setup, child, log }
+    }
+
+    /// Starts a page server for this VM, if it has none. Its process id.
+    pub fn page_server(&self) -> u32 {
+        let mut servers = self.page_servers.borrow_mut();
+        if !self.info().family.page_server {
+            let log = File::options().append(true).open(&self.log).expect("the log is there");
+            let server = Command::new(binary("civic-pager")).arg(self.dir()).stderr(log).spawn();
+            servers.push(Process(server.expect("a page server can be started")));
+        }
+        servers.last().expect("a test starts page servers by this").0.id()
+    }
+
+    /// Forks this VM: those who wait live.
+    pub fn fork(&self, waiting: Vec<Waiting>, paused: bool) -> (ForkReport, Vec<Vm>) {
+        self.page_server();
+        let children = waiting.iter().map(|waiting| waiting.name().to_owned()).collect();
+        match self.try_fork(ForkRequest { children, paused }) {
+            Ok(report) => {
+                assert_eq!(report.failed, [], "{}", read(&self.log));
+                let born = |Waiting { setup, child, log }| Vm::new(setup, child, log);
+                (report, waiting.into_iter().map(born).collect())
+            }
+            Err(e) => {
+                let logs: Vec<_> = waiting.iter().map(|waiting| read(&waiting.log)).collect();
+                self.fail(&format!("it cannot be forked: {e}\n{}", logs.join("\n")))
+            }
+        }
+    }
+
+    /// Asks for a fork.
+    pub fn try_fork(&self, request: ForkRequest) -> Result<ForkReport, ClientError> {
+        self.api(|client| async move { client.fork(&request).await })
     }
 
     fn wait_end(&mut self) -> ExitStatus {

@@ -5,6 +5,7 @@ mod console;
 mod cpus;
 mod endings;
 mod exits;
+mod forking;
 mod interrupts;
 mod memory;
 mod pausing;

@@ -1,0 +1,107 @@
+//! Forks: two VMs go on from one moment, and neither the other's life nor its death is anybody's business.
+
+use civic_api::{ErrorCode, ForkRequest, VmState};
+use civic_tests::bare::vm::{Setup, Vm};
+
+use crate::pausing::{LINE_LEN, hammer};
+
+/// Takes what `vm` prints from the next line on, `lines` of them: numbers that must follow each other. Returns the first.
+fn count(vm: &mut Vm, lines: usize) -> u32 {
+    vm.expect("\n");
+    let text = vm.take(lines * LINE_LEN);
+    let numbers: Vec<u32> = text
+        .chunks_exact(LINE_LEN)
+        .map(|line| u32::from_str_radix(std::str::from_utf8(&line[..8]).unwrap(), 16).unwrap())
+        .collect();
+    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+    numbers[0]
+}
+
+#[test]
+fn source_and_child_count_on_from_the_same_number() {
+    let mut source = Setup::new(&hammer()).cpus(4).boot();
+    source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
+    for round in 1..=3 {
+        let name = format!("child{round}");
+        let waiting = source.waiting(&name);
+        assert_eq!(source.info().family.waiting, std::slice::from_ref(&name));
+        let before = source.printed();
+        let (report, mut children) = source.fork(vec![waiting], false);
+        println!("{report:?}");
+        assert_eq!((report.generation, report.children[0].name.as_str()), (round, name.as_str()));
+        let child = &mut children[0];
+        assert_eq!(report.children[0].pid, child.pid());
+        let parent = child.info().family.parent.unwrap();
+        assert_eq!((parent.name.as_str(), parent.generation), ("bare", round));
+        let family = source.info().family;
+        assert_eq!((family.children.len(), family.waiting.len()), (1, 0));
+        let first = count(child, 30);
+        assert!(first as usize >= before / LINE_LEN, "{first} was printed before the fork");
+        let all_run = |vm: &Vm| vm.info().vcpus.iter().all(|vcpu| vcpu.exits.values().sum::<u64>() > 20);
+        child.until("progress of every CPU", all_run);
+        child.kill();
+        assert!(child.ended().success());
+        source.until("the child to be forgotten", |vm| vm.info().family == civic_api::Family::default());
+    }
+    assert_eq!(count(&mut source, 20), 0x1);
+    source.kill();
+    assert!(source.ended().success());
+}
+
+#[test]
+fn paused_children_of_one_fork_wait_to_be_resumed() {
+    let mut source = Setup::new(&hammer()).cpus(2).boot();
+    source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
+    source.pause();
+    let waiting = vec![source.waiting("a"), source.waiting("b"), source.waiting("c")];
+    let (report, mut children) = source.fork(waiting, true);
+    assert_eq!(report.children.len(), 3);
+    // Of one that was paused, it stays so.
+    assert_eq!(source.state(), VmState::Paused);
+    let first: Vec<u32> = children
+        .iter_mut()
+        .map(|child| {
+            assert_eq!((child.state(), child.printed()), (VmState::Paused, 0));
+            child.resume();
+            count(child, 5)
+        })
+        .collect();
+    assert!(first.iter().all(|number| *number == first[0]), "{first:?}");
+    source.resume();
+    // A source that ends leaves its children alone.
+    source.kill();
+    assert!(source.ended().success());
+    for child in &mut children {
+        count(child, 20);
+        child.kill();
+        assert!(child.ended().success());
+    }
+}
+
+#[test]
+fn what_cannot_be_forked_is_refused_with_a_reason() {
+    let source = Setup::new(&hammer()).launch();
+    let fork = |children: &[&str]| {
+        let children = children.iter().map(|name| (*name).to_owned()).collect();
+        let error = source.try_fork(ForkRequest { children, paused: false }).unwrap_err();
+        error.refusal().unwrap_or_else(|| panic!("{error}")).clone()
+    };
+    assert_eq!(fork(&["x"]).code, ErrorCode::WrongState, "it was never started");
+    source.start();
+    assert_eq!(fork(&[]).code, ErrorCode::InvalidRequest);
+    assert_eq!(fork(&["x", "x"]).code, ErrorCode::InvalidRequest);
+    assert_eq!(fork(&["../x"]).code, ErrorCode::InvalidRequest);
+    assert_eq!(fork(&["x"]).code, ErrorCode::NotFound);
+    let waiting = source.waiting("x");
+    let without = fork(&["x"]);
+    assert_eq!(without.code, ErrorCode::ForkFailed, "{without:?}");
+    assert!(without.message.contains("page server"), "{without:?}");
+    drop(waiting);
+    source.until("nobody waits", |vm| vm.info().family.waiting.is_empty());
+    let (_, children) = source.fork(vec![source.waiting("y")], false);
+    // A fork of a fork is not there yet, and says so; nor can it be saved.
+    let error = children[0].try_fork(ForkRequest { children: vec!["z".into()], paused: false }).unwrap_err();
+    assert!(error.to_string().contains("fork itself"), "{error}");
+    let error = children[0].try_save("s", civic_api::AfterSave::Resume).unwrap_err();
+    assert!(error.to_string().contains("cannot be saved"), "{error}");
+}
