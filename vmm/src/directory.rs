@@ -10,7 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use civic_api::launch::{LOCK_FILE, LOG_FILE, SOCKET_FILE};
-use civic_api::{ErrorBody, ErrorCode};
+use civic_api::{ErrorBody, ErrorCode, FORK_SOCKET_FILE};
 use nix::fcntl::{Flock, FlockArg};
 
 /// A directory that this process owns while it lives.
@@ -78,7 +78,9 @@ impl Directory {
     /// Leaves nothing behind, or only the logs.
     pub fn remove(self, keep_logs: bool) -> io::Result<()> {
         if keep_logs {
-            fs::remove_file(self.path.join(SOCKET_FILE)).or_else(ignore_missing)?;
+            for socket in [SOCKET_FILE, FORK_SOCKET_FILE] {
+                fs::remove_file(self.path.join(socket)).or_else(ignore_missing)?;
+            }
             return fs::remove_file(self.path.join(LOCK_FILE));
         }
         self.clear(&[LOCK_FILE])?;
