@@ -63,12 +63,46 @@ pub struct Args {
     /// Fewer runs of fewer things: minutes, in the testbed too.
     #[arg(long)]
     quick: bool,
+    #[command(flatten)]
+    choice: Choice,
     /// Also write the rows there.
     #[arg(long, value_name = "OUT")]
     json: Option<PathBuf>,
     /// In the testbed, even if this machine could.
     #[arg(long)]
     testbed: bool,
+}
+
+/// Which of `io`'s rows, on what guests, and how often; what is not given is as the effort has it.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct Choice {
+    /// Of `io`, only rows whose names begin so: `net.tcp_tx`, `blk.rand`, `vsock`. May be given several times.
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+    /// Rounds of each of `io`'s rows.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: Option<u16>,
+    /// Seconds of each run of them.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: Option<u32>,
+    /// vCPUs of `io`'s guests.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    cpus: u8,
+}
+
+impl Choice {
+    /// Whether a row called `name` is wanted, or one that begins so.
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| name.starts_with(only) || only.starts_with(name))
+    }
+
+    /// The options that say the same.
+    fn options(&self) -> Vec<String> {
+        let only = self.only.iter().map(|only| format!("--only={only}"));
+        let rounds = self.rounds.map(|rounds| format!("--rounds={rounds}"));
+        let seconds = self.seconds.map(|seconds| format!("--seconds={seconds}"));
+        only.chain(rounds).chain(seconds).chain([format!("--cpus={}", self.cpus)]).collect()
+    }
 }
 
 /// The half on the KVM host.
@@ -78,6 +112,8 @@ pub struct HostArgs {
     what: What,
     #[arg(long)]
     quick: bool,
+    #[command(flatten)]
+    choice: Choice,
     #[arg(long)]
     json: PathBuf,
     #[arg(long)]
@@ -104,6 +140,7 @@ pub fn run(args: &Args) -> Result<bool> {
     let mut host = vec!["bench-host".to_owned()];
     host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
     host.extend(args.quick.then(|| "--quick".to_owned()));
+    host.extend(args.choice.options());
     host.push(format!("--json={}", json.display()));
     let clock = (place == Place::Testbed)
         .then(|| Ticker::start(folder.join(format!("bench-{}.clock", std::process::id()))))
@@ -136,7 +173,7 @@ pub fn host(args: &HostArgs) -> Result<bool> {
         boot::run(&tools, &clock, args.quick, &mut report)?;
     }
     if args.what != What::Boot {
-        io::run(&tools, &clock, args.quick, &mut report)?;
+        io::run(&tools, &clock, args.quick, &args.choice, &mut report)?;
     }
     fs::write(&args.json, serde_json::to_vec_pretty(&report.json())?)?;
     print!("{report}");
@@ -146,4 +183,21 @@ pub fn host(args: &HostArgs) -> Result<bool> {
 /// A line on stdout saying what is being measured. It never names a time.
 fn progress(what: &str) {
     println!("bench: {what}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_chosen_by_how_they_begin() {
+        let choice =
+            |only: &[&str]| Choice { only: only.iter().map(|o| (*o).to_owned()).collect(), ..Choice::default() };
+        assert!(choice(&[]).wants("net.tcp_tx"));
+        let some = choice(&["blk.rand", "vsock"]);
+        assert!(["blk", "blk.", "blk.randread4k", "vsock.rx"].iter().all(|name| some.wants(name)));
+        assert!(!["blk.seqread1m", "qcow2.randread4k", "net"].iter().any(|name| some.wants(name)));
+        let given = Choice { rounds: Some(3), seconds: Some(1), cpus: 2, ..some };
+        assert_eq!(given.options(), ["--only=blk.rand", "--only=vsock", "--rounds=3", "--seconds=1", "--cpus=2"]);
+    }
 }

@@ -14,17 +14,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::clock::Clock;
-use super::fio::{self, JOBS};
+use super::fio::{self, JOBS, Job};
 use super::guest::Guest;
 use super::images::Images;
 use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Vsock, line};
 use super::net::{self, Tap, Way};
 use super::report::{Kind, Promise, Report, Row};
 use super::stats::Samples;
-use super::{progress, vsock};
+use super::{Choice, progress, vsock};
 
 const MEMORY_MIB: u32 = 512;
-const CPUS: u8 = 1;
 /// Civic's share of QEMU's throughput.
 const SHARE: f64 = 0.9;
 /// The guest's address for QEMU's vsock.
@@ -35,7 +34,7 @@ const WAYS_OF_QEMU: [Aio; 2] = [Aio::IoUring, Aio::Threads];
 const CIVIC: usize = 0;
 const PEER: usize = 1;
 
-/// How much is measured.
+/// How much is measured. Many short rounds: the shorter one is, the less changes between its two halves.
 struct Effort {
     rounds: usize,
     seconds: u32,
@@ -46,6 +45,7 @@ struct Effort {
 /// Both guests and what they have.
 struct Bench<'a> {
     effort: Effort,
+    choice: &'a Choice,
     clock: &'a Clock,
     images: &'a Images,
     /// Civic's, QEMU's.
@@ -54,12 +54,14 @@ struct Bench<'a> {
 }
 
 /// Measures and reports.
-pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Result<()> {
-    let effort = if quick {
-        Effort { rounds: 5, seconds: 4, qcow2_jobs: 2 }
+pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &mut Report) -> Result<()> {
+    let mut effort = if quick {
+        Effort { rounds: 9, seconds: 2, qcow2_jobs: 2 }
     } else {
-        Effort { rounds: 15, seconds: 8, qcow2_jobs: JOBS.len() }
+        Effort { rounds: 21, seconds: 4, qcow2_jobs: JOBS.len() }
     };
+    effort.rounds = choice.rounds.map_or(effort.rounds, usize::from);
+    effort.seconds = choice.seconds.unwrap_or(effort.seconds);
     let root = std::env::var_os("CIVIC_ROOT_IMAGE").map(PathBuf::from).context("no CIVIC_ROOT_IMAGE")?;
     let images = Images::new(tools)?;
     let taps = [Tap::new(1)?, Tap::new(2)?, Tap::new(3)?];
@@ -86,7 +88,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Re
     let spec = |monitor, disks, taps: &[(&Tap, bool)], vsock: Option<&Vsock>| Spec {
         monitor,
         image: Image::BzImage,
-        cpus: CPUS,
+        cpus: choice.cpus,
         memory_mib: MEMORY_MIB,
         cmdline: taps.iter().enumerate().fold("civic.bench=io".to_owned(), |c, (n, t)| c + " " + &t.0.cmdline(n)),
         disks,
@@ -107,7 +109,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Re
         Ok(guest)
     };
     let guests = [start(&specs[0])?, start(&specs[1])?];
-    let mut bench = Bench { effort, clock, images: &images, guests, report };
+    let mut bench = Bench { effort, choice, clock, images: &images, guests, report };
     for (n, &qcow2) in formats.iter().enumerate() {
         bench.disks(qcow2, n)?;
     }
@@ -115,7 +117,9 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Re
     if let Some(sockets) = &sockets {
         bench.vsock(sockets)?;
     }
-    bench.guests.iter_mut().try_for_each(complaints)
+    bench.guests.iter_mut().try_for_each(complaints)?;
+    ensure!(bench.report.has_rows(), "no row of io's is called {:?}, or none that can be measured here", choice.only);
+    Ok(())
 }
 
 /// How the guests are reached by vsock, if both can be.
@@ -152,17 +156,23 @@ impl Bench<'_> {
         let ours = device(1 + n);
         let theirs = [0, 1].map(|way| device(1 + 2 * n + way));
         let limit = PATIENCE + Duration::from_secs(self.effort.seconds.into());
+        // What is asked for by its name is no part of an effort.
+        let enough = if qcow2 && self.choice.only.is_empty() { self.effort.qcow2_jobs } else { JOBS.len() };
+        for job in &JOBS[enough..] {
+            self.report.leave_out(&format!("{group}.{}: --quick", job.name));
+        }
+        let wanted = |job: &&Job| self.choice.wants(&format!("{group}.{}", job.name));
+        let jobs: Vec<_> = JOBS[..enough].iter().filter(wanted).collect();
+        if jobs.is_empty() {
+            return Ok(());
+        }
         for (guest, device) in [(CIVIC, &ours), (PEER, &theirs[0]), (PEER, &theirs[1])] {
             progress(&format!("{group}: writing and verifying {device} of {}", self.guests[guest].monitor().name()));
             for command in fio::verify(device) {
                 fio::check(&self.guests[guest].run(&command, limit)?)?;
             }
         }
-        let jobs = if qcow2 { self.effort.qcow2_jobs } else { JOBS.len() };
-        for job in &JOBS[jobs..] {
-            self.report.leave_out(&format!("{group}.{}: --quick", job.name));
-        }
-        for job in &JOBS[..jobs] {
+        for job in jobs {
             let name = format!("{group}.{}", job.name);
             let (images, clock, seconds, guests) = (self.images, self.clock, self.effort.seconds, &mut self.guests);
             let mut run = |guest: usize, device: &str| -> Result<f64> {
@@ -183,10 +193,19 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// The ways whose rows, of which this is the name's beginning, are wanted.
+    fn ways(&self, group: &str) -> Vec<Way> {
+        Way::BOTH.into_iter().filter(|way| self.choice.wants(&format!("{group}{}", way.name()))).collect()
+    }
+
     fn network(&mut self, taps: &[Tap; 3]) -> Result<()> {
+        let ways = self.ways("net.tcp_");
+        if ways.is_empty() {
+            return Ok(());
+        }
         self.guests.iter_mut().try_for_each(net::serve)?;
         let (clock, seconds) = (self.clock, self.effort.seconds);
-        for way in Way::BOTH {
+        for way in ways {
             let name = format!("net.tcp_{}", way.name());
             progress(&format!("{name}: warming up"));
             for tap in taps {
@@ -203,9 +222,13 @@ impl Bench<'_> {
     }
 
     fn vsock(&mut self, sockets: &[Vsock; 2]) -> Result<()> {
+        let ways = self.ways("vsock.");
+        if ways.is_empty() {
+            return Ok(());
+        }
         self.guests.iter_mut().try_for_each(vsock::serve)?;
         let (clock, seconds) = (self.clock, self.effort.seconds);
-        for way in Way::BOTH {
+        for way in ways {
             let name = format!("vsock.{}", way.name());
             progress(&format!("{name}: warming up"));
             for socket in sockets {

@@ -50,21 +50,25 @@ pub struct Row {
 }
 
 impl Row {
-    /// The medians' ratio.
-    pub fn ratio(&self) -> f64 {
-        self.ours.median() / self.peer.median()
+    /// The ratios of the rounds. What drifts from round to round, such as how busy the host is, is none of a ratio's.
+    fn ratios(&self) -> Samples {
+        self.ours.values().iter().zip(self.peer.values()).map(|(ours, peer)| ours / peer).collect()
     }
 
-    /// In how many of the rounds, by themselves, the promise holds: how sure it is when the medians are noisy.
+    /// The median of the rounds' ratios.
+    pub fn ratio(&self) -> f64 {
+        self.ratios().median()
+    }
+
+    /// In how many of the rounds, by themselves, the promise holds.
     fn held(&self) -> usize {
-        let rounds = self.ours.values().iter().zip(self.peer.values());
-        let holds = |&(&ours, &peer): &(&f64, &f64)| match self.promise {
-            Promise::None => false,
-            Promise::RatioAtMost(limit) => ours / peer <= limit,
-            Promise::RatioAtLeast(limit) => ours / peer >= limit,
-            Promise::AtMost(limit) => ours <= limit,
-        };
-        rounds.filter(holds).count()
+        let count = |of: &Samples, holds: &dyn Fn(f64) -> bool| of.values().iter().filter(|v| holds(**v)).count();
+        match self.promise {
+            Promise::None => 0,
+            Promise::RatioAtMost(limit) => count(&self.ratios(), &|ratio| ratio <= limit),
+            Promise::RatioAtLeast(limit) => count(&self.ratios(), &|ratio| ratio >= limit),
+            Promise::AtMost(limit) => count(&self.ours, &|value| value <= limit),
+        }
     }
 
     /// What is wrong, if the promise is broken. A figure that is not a number breaks every promise.
@@ -103,6 +107,11 @@ impl Report {
         self.rows.push(row);
     }
 
+    /// Whether there is any.
+    pub fn has_rows(&self) -> bool {
+        !self.rows.is_empty()
+    }
+
     /// Adds a command line.
     pub fn command(&mut self, name: &str, line: String) {
         if !self.commands.iter().any(|c| c.0 == name) {
@@ -128,6 +137,7 @@ impl Report {
             json!({
                 "name": r.name, "unit": r.unit, "n": r.ours.n(), "p50": r.ours.median(), "p90": r.ours.quantile(0.9),
                 "p99": r.ours.quantile(0.99), "max": r.ours.max(), "peer": r.peer.median(), "ratio": r.ratio(),
+                "ratio_p25": r.ratios().quantile(0.25), "ratio_p75": r.ratios().quantile(0.75),
                 "where": self.facts.place(), "command": command, "samples": r.ours.values(), "peer_samples": r.peer.values(),
             })
         };
@@ -135,8 +145,21 @@ impl Report {
     }
 }
 
-const COLUMNS: [&str; 12] =
-    ["name", "unit", "n", "p50", "p90", "p99", "max", "peer's p50", "ratio", "spread", "peer's spread", "held"];
+const COLUMNS: [&str; 13] = [
+    "name",
+    "unit",
+    "n",
+    "p50",
+    "p90",
+    "p99",
+    "max",
+    "peer's p50",
+    "ratio",
+    "from..to",
+    "spread",
+    "peer's spread",
+    "held",
+];
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -153,7 +176,10 @@ impl fmt::Display for Report {
                 [r.ours.median(), r.ours.quantile(0.9), r.ours.quantile(0.99), r.ours.max(), r.peer.median()];
             let mut line = vec![r.name.clone(), r.unit.to_owned(), r.ours.n().to_string()];
             line.extend(quantiles.map(value));
-            line.extend([format!("{:.2}", r.ratio()), percent(r.ours.spread()), percent(r.peer.spread())]);
+            let ratios = r.ratios();
+            line.push(format!("{:.2}", r.ratio()));
+            line.push(format!("{:.2}..{:.2}", ratios.quantile(0.25), ratios.quantile(0.75)));
+            line.extend([percent(r.ours.spread()), percent(r.peer.spread())]);
             let held = if r.promise == Promise::None { "-".to_owned() } else { format!("{}/{}", r.held(), r.ours.n()) };
             line.push(held);
             table.push(line);
@@ -171,11 +197,12 @@ impl fmt::Display for Report {
             let cells: Vec<_> = line.iter().enumerate().map(cell).collect();
             writeln!(f, "{}  {peer}", cells.join("  ").trim_end())?;
         }
-        writeln!(f, "spread: the middle half's width over the median; quantiles are of the values, by nearest rank")?;
         writeln!(
             f,
-            "held: rounds, A and B each once, in which the promise holds by itself; the medians' ratio decides"
+            "ratio: the median of the rounds' ratios, A to B each once; from..to: the middle half of those ratios"
         )?;
+        writeln!(f, "spread: the middle half's width over the median; quantiles are of the values, by nearest rank")?;
+        writeln!(f, "held: rounds in which the promise holds by itself; the ratio decides")?;
         if self.facts.testbed {
             writeln!(f, "*: MEANINGLESS but for the ratio: the host is emulated, and its time is the CPU time it had")?;
         }
@@ -227,6 +254,16 @@ mod tests {
         check(Promise::RatioAtLeast(0.9), f64::NAN, 1.0, false);
         check(Promise::RatioAtMost(0.9), 1.0, f64::NAN, false);
         check(Promise::None, f64::NAN, f64::NAN, true);
+    }
+
+    #[test]
+    fn a_ratio_is_of_what_was_measured_in_the_same_round() {
+        let row = Row {
+            ours: [1.0, 20.0, 300.0, 4.0].into_iter().collect(),
+            peer: [1.0, 10.0, 100.0, 8.0].into_iter().collect(),
+            ..row(Promise::RatioAtLeast(1.0), Kind::Timed, 0.0, 0.0)
+        };
+        assert_eq!((row.ratio(), row.held(), row.broken()), (1.5, 3, None));
     }
 
     #[test]
