@@ -335,6 +335,18 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Nanoseconds that the thread called `name` has run.
+pub fn ran(name: &str) -> u64 {
+    let of = |file: std::path::PathBuf| std::fs::read_to_string(file).unwrap_or_default();
+    let mut found = None;
+    until("thread of that name", || {
+        let mut tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        found = tasks.find(|task| of(task.join("comm")).trim() == name);
+        found.is_some()
+    });
+    of(found.unwrap().join("schedstat")).split(' ').next().unwrap().parse().unwrap()
+}
+
 /// The counter called `name`.
 #[track_caller]
 pub fn count(counters: &dyn Counters, name: &str) -> u64 {

@@ -7,18 +7,7 @@ use std::os::fd::OwnedFd;
 use super::*;
 use crate::tap::Tap;
 use crate::tap::namespace::{await_open, in_fresh_namespace, make_tap, packet_socket};
-
-/// Nanoseconds that the thread called `name` has run.
-fn ran(name: &str) -> u64 {
-    let of = |file: std::path::PathBuf| std::fs::read_to_string(file).unwrap_or_default();
-    let mut found = None;
-    until("thread of that name", || {
-        let mut tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-        found = tasks.find(|task| of(task.join("comm")).trim() == name);
-        found.is_some()
-    });
-    of(found.unwrap().join("schedstat")).split(' ').next().unwrap().parse().unwrap()
-}
+use crate::virtio::testing::ran;
 
 /// An Ethernet frame of TCP over IPv4 with `payload` bytes, and the header that says so (for GSO where it needs it).
 pub fn tcp_frame(payload: usize) -> (Vec<u8>, Vec<u8>) {
