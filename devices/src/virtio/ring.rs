@@ -13,9 +13,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
+};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::areas::Areas;
@@ -61,6 +64,8 @@ const INDEX: u64 = 2;
 const ENTRIES: u64 = 4;
 const AVAIL_ENTRY: u64 = 2;
 const USED_ENTRY: u64 = 8;
+/// A descriptor's size (§2.7.5).
+const DESCRIPTOR: u64 = 16;
 
 /// A virtqueue that is being served.
 pub struct Ring {
@@ -68,6 +73,8 @@ pub struct Ring {
     queue: Queue,
     /// The used ring's index when the driver was last told of it, or when it did not want to be.
     told: u16,
+    /// The available ring's index when it was last read: what is before it needs no look.
+    available: u16,
     kick: EventFd,
     ram: GuestRam,
     interrupt: Arc<dyn Interrupt>,
@@ -86,8 +93,8 @@ impl Ring {
         let for_worker = kick.try_clone().map_err(ActivateError::Worker)?;
         let ram = Arc::clone(&activation.ram);
         let interrupt = Arc::clone(&activation.interrupt);
-        let told = queue.next_used();
-        Ok((Self { index, queue, told, kick, ram, interrupt }, for_worker))
+        let (told, available) = (queue.next_used(), queue.next_avail());
+        Ok((Self { index, queue, told, available, kick, ram, interrupt }, for_worker))
     }
 
     /// How many chains it holds at most.
@@ -160,17 +167,32 @@ impl Ring {
         ram: &'a GuestMemoryMmap,
         mut part: impl FnMut(Side, VolatileSlice<'a>),
     ) -> Result<Option<u16>, Fault> {
-        if self.queue.avail_idx(ram, Ordering::Acquire)?.0 == self.queue.next_avail() {
+        let (size, next) = (self.queue.size(), self.queue.next_avail());
+        if next == self.available {
+            self.available = self.read_available()?;
+        }
+        let waiting = self.available.wrapping_sub(next);
+        if waiting == 0 {
             return Ok(None);
         }
-        let descriptors = self.queue.iter(ram)?.next().ok_or_else(|| Fault("the available ring went back".into()))?;
-        let head = descriptors.head_index();
+        if waiting > size {
+            return Err(Fault(format!("{waiting} chains wait in a ring of {size}")));
+        }
+        let head = read_word(ram, self.queue.avail_ring() + ENTRIES + AVAIL_ENTRY * u64::from(next % size))?;
+        self.queue.set_next_avail(next.wrapping_add(1));
         let fault = |what: &str| Fault(format!("descriptor chain {head} {what}"));
-        let mut unfinished = true;
-        let mut side = Side::Readable;
-        for (i, descriptor) in descriptors.enumerate() {
-            unfinished = descriptor.has_next();
-            if i >= MAX_DESCRIPTORS {
+        let mut table = Table { base: self.queue.desc_table(), entries: size.into(), indirect: false };
+        let (mut index, mut count, mut bytes, mut side) = (head, 0, 0_u32, Side::Readable);
+        let mut left = table.entries;
+        loop {
+            let descriptor = table.entry(ram, index).ok_or_else(|| fault("leaves its table"))?;
+            if descriptor.refers_to_indirect_table() {
+                table = table.enter(&descriptor).ok_or_else(|| fault("has a bad indirect table"))?;
+                (index, left) = (0, table.entries);
+                continue;
+            }
+            (count, left) = (count + 1, left - 1);
+            if count > MAX_DESCRIPTORS {
                 return Err(fault("is too long"));
             }
             match descriptor.is_write_only() {
@@ -178,11 +200,25 @@ impl Ring {
                 false if side == Side::Readable => {}
                 false => return Err(fault("has readable parts after writable ones")),
             }
-            for slice in ram.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                part(side, slice.map_err(|_| fault("reaches outside RAM"))?);
+            let len = descriptor.len();
+            bytes = bytes.checked_add(len).ok_or_else(|| fault("is longer than 4 GiB"))?;
+            // All in one region, as it nearly always is, costs a third to find.
+            match ram.get_slice(descriptor.addr(), len as usize) {
+                Ok(slice) if len > 0 => part(side, slice),
+                _ => {
+                    for slice in ram.get_slices(descriptor.addr(), len as usize) {
+                        part(side, slice.map_err(|_| fault("reaches outside RAM"))?);
+                    }
+                }
             }
+            if !descriptor.has_next() {
+                return Ok(Some(head));
+            }
+            if left == 0 {
+                return Err(fault("has no end"));
+            }
+            index = descriptor.next();
         }
-        if unfinished { Err(fault("has no end")) } else { Ok(Some(head)) }
     }
 
     /// Puts the last `count` chains taken back, to be taken again.
@@ -195,7 +231,7 @@ impl Ring {
     /// # Errors
     /// `head` was never a valid index.
     pub fn used(&mut self, head: u16, len: u32) -> Result<(), Fault> {
-        Ok(self.queue.add_used(&*self.ram, head, len)?)
+        self.used_together([(head, len)])
     }
 
     /// Gives several chains back in one step: a driver sees all of them or none. So it must be for a frame that took several
@@ -206,7 +242,6 @@ impl Ring {
     pub fn used_together(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<(), Fault> {
         let (base, size) = (self.queue.used_ring(), u64::from(self.queue.size()));
         let mut next = self.queue.next_used();
-        let broken = |e| Fault(format!("broken virtqueue: {e}"));
         for (head, len) in chains {
             if u64::from(head) >= size {
                 return Err(Fault(format!("descriptor chain {head} is not of this queue")));
@@ -214,11 +249,11 @@ impl Ring {
             // The ring was within RAM when the queue was made: no sum below overflows.
             let at = base + ENTRIES + USED_ENTRY * (u64::from(next) % size);
             let entry = u64::from(head) | u64::from(len) << 32;
-            self.ram.write_obj(entry.to_le(), GuestAddress(at)).map_err(broken)?;
+            slice(&self.ram, at, size_of_val(&entry))?.get_ref::<u64>(0).map_err(broken)?.store(entry.to_le());
             next = next.wrapping_add(1);
         }
         self.queue.set_next_used(next);
-        self.ram.store(next.to_le(), GuestAddress(base + INDEX), Ordering::Release).map_err(broken)
+        write_word(&self.ram, base + INDEX, next, Ordering::Release)
     }
 
     /// Interrupts the driver if it wants to hear of the chains given back since the last time.
@@ -233,14 +268,13 @@ impl Ring {
         // What the driver wants is read after it can see what was given back (§2.7.7.2): it writes and looks in the other order.
         fence(Ordering::SeqCst);
         let ring = self.queue.avail_ring();
-        let word = |offset: u64| self.ram.load::<u16>(GuestAddress(ring + offset), Ordering::Relaxed).map(u16::from_le);
         let wanted = if self.queue.event_idx_enabled() {
-            let event = word(ENTRIES + AVAIL_ENTRY * u64::from(self.queue.size()));
-            event.map(|event| used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(told))
+            let event = read_word(&self.ram, ring + ENTRIES + AVAIL_ENTRY * u64::from(self.queue.size()))?;
+            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(told)
         } else {
-            word(0).map(|flags| u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+            u32::from(read_word(&self.ram, ring)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
         };
-        if wanted.map_err(|e| Fault(format!("broken virtqueue: {e}")))? {
+        if wanted {
             self.interrupt.queue(self.index);
         }
         Ok(())
@@ -251,7 +285,11 @@ impl Ring {
     /// # Errors
     /// A broken ring.
     pub fn ignore_kicks(&mut self) -> Result<(), Fault> {
-        Ok(self.queue.disable_notification(&*self.ram)?)
+        // With EVENT_IDX the place at which a kick was last wanted lies behind by now.
+        if self.queue.event_idx_enabled() {
+            return Ok(());
+        }
+        write_word(&self.ram, self.queue.used_ring(), VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed)
     }
 
     /// Asks the driver for a kick with the next chain; true when chains came meanwhile and nobody will kick for them.
@@ -259,7 +297,19 @@ impl Ring {
     /// # Errors
     /// A broken ring.
     pub fn await_kick(&mut self) -> Result<bool, Fault> {
-        Ok(self.queue.enable_notification(&*self.ram)?)
+        let (ring, next) = (self.queue.used_ring(), self.queue.next_avail());
+        let event = ring + ENTRIES + USED_ENTRY * u64::from(self.queue.size());
+        let (at, value) = if self.queue.event_idx_enabled() { (event, next) } else { (ring, 0) };
+        write_word(&self.ram, at, value, Ordering::Relaxed)?;
+        // What is available is read after the driver can see that (§2.7.10.1): it adds and looks in the other order.
+        fence(Ordering::SeqCst);
+        self.available = self.read_available()?;
+        Ok(self.available != next)
+    }
+
+    fn read_available(&self) -> Result<u16, Fault> {
+        let at = self.queue.avail_ring() + INDEX;
+        slice(&self.ram, at, 2)?.load(0, Ordering::Acquire).map(u16::from_le).map_err(broken)
     }
 
     /// Has the worker come back to this queue after it looked at its commands and other descriptors.
@@ -272,4 +322,46 @@ impl Ring {
             _ => Err(Fault(format!("cannot kick queue {}: {e}", self.index))),
         })
     }
+}
+
+/// A table of descriptors: the queue's, or one that a descriptor of that leads to (§2.7.5.3).
+struct Table {
+    base: u64,
+    entries: u32,
+    indirect: bool,
+}
+
+impl Table {
+    /// A descriptor as it is now: read once, for the driver may change it.
+    fn entry(&self, ram: &GuestMemoryMmap, index: u16) -> Option<Descriptor> {
+        let at = self.base.checked_add(DESCRIPTOR * u64::from(index)).filter(|_| u32::from(index) < self.entries)?;
+        let place = ram.get_slice(GuestAddress(at), DESCRIPTOR as usize).ok()?;
+        Some(place.get_ref::<Descriptor>(0).ok()?.load())
+    }
+
+    /// The table that `descriptor` refers to; none if it is no table, or a table within one.
+    fn enter(&self, descriptor: &Descriptor) -> Option<Self> {
+        let entries = descriptor.len() / DESCRIPTOR as u32;
+        let whole = descriptor.len().is_multiple_of(DESCRIPTOR as u32) && entries <= u16::MAX.into();
+        (whole && !self.indirect).then_some(Self { base: descriptor.addr().0, entries, indirect: true })
+    }
+}
+
+/// Guest memory that lies in one region, as rings do: found with a quarter of the instructions that `Bytes` takes on guest memory,
+/// which can put accesses together from several. Measured with callgrind on `vsock::tests::bench`: a chain taken and given
+/// back cost 2400 instructions, of 4400 for a packet in all.
+fn slice(ram: &GuestMemoryMmap, at: u64, len: usize) -> Result<VolatileSlice<'_>, Fault> {
+    ram.get_slice(GuestAddress(at), len).map_err(broken)
+}
+
+fn read_word(ram: &GuestMemoryMmap, at: u64) -> Result<u16, Fault> {
+    slice(ram, at, 2)?.load(0, Ordering::Relaxed).map(u16::from_le).map_err(broken)
+}
+
+fn write_word(ram: &GuestMemoryMmap, at: u64, word: u16, order: Ordering) -> Result<(), Fault> {
+    slice(ram, at, 2)?.store(word.to_le(), 0, order).map_err(broken)
+}
+
+fn broken(error: impl std::fmt::Display) -> Fault {
+    Fault(format!("broken virtqueue: {error}"))
 }
