@@ -28,12 +28,6 @@ impl<'a> Areas<'a> {
         self.parts.push(part);
     }
 
-    /// Appends all of `other`.
-    pub fn append(&mut self, other: Areas<'a>) {
-        self.len += other.len;
-        self.parts.extend(other.parts);
-    }
-
     /// The sum of the areas' lengths in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -124,30 +118,44 @@ impl<'a> Areas<'a> {
         }
     }
 
-    /// Receives from the stream socket `fd` what waits there; returns how much that was, zero at the stream's end, and whether
-    /// it was as much as one call can take here: there may be more.
-    ///
-    /// # Errors
-    /// What recvmsg(2) says.
-    pub fn receive_stream(&self, fd: BorrowedFd<'_>) -> io::Result<(usize, bool)> {
-        let mut parts = self.iovecs();
-        let asked: usize = parts.iter().map(|part| part.iov_len).sum();
-        let mut message = message(&mut parts);
-        loop {
-            // SAFETY: as in `send_stream`; the memory is mapped for writing and shared, so that no reference to it exists.
-            let got = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
-            match usize::try_from(got) {
-                Ok(got) => return Ok((got, got == asked)),
-                Err(_) => retry_interrupted()?,
-            }
-        }
-    }
-
     /// The areas for a vectored call, at most as many as it takes.
     fn iovecs(&self) -> Vec<libc::iovec> {
-        let parts = self.parts.iter().take(MAX_PARTS);
-        parts.map(|part| libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() }).collect()
+        self.parts.iter().take(MAX_PARTS).map(|part| iovec(*part)).collect()
     }
+}
+
+/// Receives from the stream socket `fd` what waits there, at most `most` bytes, into `parts`; returns how much that was, zero at
+/// the stream's end, and whether it was as much as one call can take here: there may be more.
+///
+/// # Errors
+/// What recvmsg(2) says.
+pub fn receive_stream<'a>(
+    fd: BorrowedFd<'_>,
+    parts: impl Iterator<Item = VolatileSlice<'a>>,
+    most: usize,
+) -> io::Result<(usize, bool)> {
+    let mut left = most;
+    let limited = parts.map_while(|part| {
+        let mut iovec = iovec(part);
+        iovec.iov_len = iovec.iov_len.min(left);
+        left -= iovec.iov_len;
+        (iovec.iov_len > 0).then_some(iovec)
+    });
+    let mut parts: Vec<_> = limited.take(MAX_PARTS).collect();
+    let asked: usize = parts.iter().map(|part| part.iov_len).sum();
+    let mut message = message(&mut parts);
+    loop {
+        // SAFETY: as in `send_stream`, with memory that is mapped for writing for 'a and shared, so that no reference to it exists.
+        let got = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+        match usize::try_from(got) {
+            Ok(got) => return Ok((got, got == asked)),
+            Err(_) => retry_interrupted()?,
+        }
+    }
+}
+
+fn iovec(part: VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() }
 }
 
 /// A message for a connected socket without control data.
@@ -214,20 +222,21 @@ mod tests {
         let text: Vec<u8> = (0..3000_u32).map(|i| (i % 251) as u8).collect();
         let many: Vec<_> = (0..1500).map(|i| (i * 4, 2)).collect();
         areas(&ram, &many).copy_from(&text);
-        let mut all = areas(&ram, &many[..1000]);
-        all.append(areas(&ram, &many[1000..]));
+        let mut all = areas(&ram, &many);
         assert_eq!(all.send_stream(near.as_fd()).unwrap(), 2 * MAX_PARTS);
         all.take(2 * MAX_PARTS);
         assert_eq!(all.send_stream(near.as_fd()).unwrap(), 3000 - 2 * MAX_PARTS);
-        let into = |parts: &[(u64, usize)]| areas(&ram, parts).receive_stream(far.as_fd());
-        assert_eq!(into(&[(0x8000, 1000), (0x9000, 1900)]).unwrap(), (2900, true));
-        assert_eq!(into(&[(0xa000, 200)]).unwrap(), (100, false));
-        assert_eq!(into(&[(0xa000, 200)]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let into = |most, parts: &[(u64, usize)]| {
+            receive_stream(far.as_fd(), areas(&ram, parts).parts().iter().copied(), most)
+        };
+        assert_eq!(into(2900, &[(0x8000, 1000), (0x9000, 2900)]).unwrap(), (2900, true));
+        assert_eq!(into(200, &[(0xa000, 200)]).unwrap(), (100, false));
+        assert_eq!(into(200, &[(0xa000, 200)]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         let mut got = vec![0; 3000];
         areas(&ram, &[(0x8000, 1000), (0x9000, 1900), (0xa000, 100)]).copy_to(&mut got);
         assert_eq!(got, text);
         drop(near);
-        assert_eq!(into(&[(0xa000, 200)]).unwrap(), (0, false));
+        assert_eq!(into(200, &[(0xa000, 200)]).unwrap(), (0, false));
         assert_eq!(areas(&ram, &many).send_stream(far.as_fd()).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }

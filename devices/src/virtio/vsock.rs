@@ -8,8 +8,8 @@
 //! Nothing of the host's kernel is involved but unix sockets, and no privilege is needed. A connection that nobody takes is
 //! refused with an RST, or by closing the program's socket.
 //!
-//! Data moves between guest memory and sockets in one copy, the kernel's, up to 64 KiB a system call: to the guest over as many of
-//! its receive buffers as that takes.
+//! Data moves between guest memory and sockets in one copy, the kernel's, up to 256 KiB a system call: to the guest over as many of
+//! its receive buffers as that takes, which it gets back together.
 //!
 //! Connections do not go with a saved state: they end on the host. A restored device has its driver reset them by a
 //! transport reset event (§5.10.6.7), and what the guest still sends in them is answered with RSTs.
@@ -17,6 +17,7 @@
 //! Nothing of the host's is read while the driver gives no receive buffers or a connection's receiver no credit: the socket fills, and
 //! its program waits.
 
+mod buffers;
 mod connection;
 mod deadlines;
 mod handshake;
@@ -34,11 +35,10 @@ use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
+use self::buffers::Buffers;
 pub use self::listener::{VsockError, VsockListener};
-use self::packet::{HEADER, Header};
 use self::switchboard::{FIRST_PORT, Outgoing, Switchboard};
-use super::areas::Areas;
-use super::ring::{Chain, RING_FEATURES, Ring};
+use super::ring::{RING_FEATURES, Ring, Side};
 use super::state::{DeviceState, StateError, VsockStateV1};
 use super::worker::{Fault, Handler, Worker, Workers};
 use super::{ActivateError, Activation, DeviceType, VirtioDevice, read_config_bytes};
@@ -284,21 +284,12 @@ impl VsockHandler {
     /// Gives packets to the driver until none is due, there are no buffers, or it was enough for one turn.
     fn deliver(&mut self) -> Result<(), Fault> {
         let ram = self.receive.ram();
+        let mut buffers = Buffers::default();
         self.receive.ignore_kicks()?;
-        let mut turn = TURN;
-        while self.board.has_outgoing() {
-            if turn == 0 {
-                self.receive.kick_self()?;
-                break;
-            }
-            let Some(chain) = self.buffer(&ram)? else {
-                if self.receive.await_kick()? {
-                    continue;
-                }
-                break;
-            };
-            turn = turn.saturating_sub(self.fill(chain, &ram)?);
-        }
+        let turn = self.deliver_turn(&ram, &mut buffers);
+        // With any kick that a shortage needs already asked for: it has to come with the next buffer, not with one that is there.
+        self.receive.put_back(buffers.len() as u16);
+        turn?;
         self.receive.notify()?;
         self.board.arm().map_err(host_failed)?;
         if self.transmit_blocked && self.board.takes_packets() {
@@ -308,58 +299,52 @@ impl VsockHandler {
         Ok(())
     }
 
-    /// The next receive buffer.
-    fn buffer<'a>(&mut self, ram: &'a GuestMemoryMmap) -> Result<Option<Chain<'a>>, Fault> {
-        match self.receive.next(ram)? {
-            Some(chain) if chain.writable.len() <= HEADER => {
-                Err(Fault(format!("receive buffer {} has no room for a packet", chain.head)))
+    fn deliver_turn<'a>(&mut self, ram: &'a GuestMemoryMmap, buffers: &mut Buffers<'a>) -> Result<(), Fault> {
+        let mut left = TURN;
+        while self.board.has_outgoing() {
+            if left == 0 {
+                return self.receive.kick_self();
             }
-            chain => Ok(chain),
+            if buffers.len() == 0 && !self.take_buffer(ram, buffers)? {
+                if self.receive.await_kick()? {
+                    continue;
+                }
+                return Ok(());
+            }
+            let packets = match self.board.next() {
+                None => 0,
+                Some(Outgoing::Packet(header)) => {
+                    self.receive.used_together(buffers.fill_one(&header))?;
+                    1
+                }
+                Some(Outgoing::Data { id, max }) => {
+                    // As many as are there and likely to be needed.
+                    while buffers.room() < max && self.take_buffer(ram, buffers)? {}
+                    let before = buffers.len();
+                    let (header, len) = self.board.read(id, buffers.data(), max);
+                    self.receive.used_together(buffers.fill(header, len))?;
+                    before - buffers.len()
+                }
+            };
+            self.board.delivered(packets);
+            left = left.saturating_sub(packets.max(1));
         }
+        Ok(())
     }
 
-    /// Fills `first` with what goes to the guest next, and as many more buffers as data of one connection needs. Returns how many
-    /// buffers it looked at.
-    fn fill(&mut self, first: Chain<'_>, ram: &GuestMemoryMmap) -> Result<usize, Fault> {
-        let (id, max) = match self.board.next() {
-            None => {
-                self.receive.put_back(1);
-                return Ok(1);
+    /// Takes a receive buffer from the ring; false when there is none.
+    fn take_buffer<'a>(&mut self, ram: &'a GuestMemoryMmap, buffers: &mut Buffers<'a>) -> Result<bool, Fault> {
+        let taken = self.receive.walk(ram, |side, part| {
+            if side == Side::Writable {
+                buffers.push_part(part);
             }
-            Some(Outgoing::Packet(header)) => {
-                first.writable.copy_from(&header.bytes());
-                self.receive.used(first.head, HEADER as u32)?;
-                self.board.delivered(1);
-                return Ok(1);
+        })?;
+        match taken {
+            Some(head) if !buffers.push_buffer(head) => {
+                Err(Fault(format!("receive buffer {head} has no room for a packet")))
             }
-            Some(Outgoing::Data { id, max }) => (id, max),
-        };
-        // Each buffer: whose it is, where its header goes, and how much data it can take.
-        let mut buffers = Vec::new();
-        let mut room = Areas::default();
-        let mut next = Some(first);
-        while let Some(Chain { head, mut writable, .. }) = next {
-            let header = writable.take(HEADER);
-            let data = writable.take(max - room.len());
-            buffers.push((head, header, data.len()));
-            room.append(data);
-            next = if room.len() < max { self.buffer(ram)? } else { None };
+            taken => Ok(taken.is_some()),
         }
-        let (packet, mut left) = self.board.read(id, &room);
-        let mut filled = 0;
-        for (head, header, size) in &buffers {
-            let len = left.min(*size) as u32;
-            if len == 0 {
-                break;
-            }
-            header.copy_from(&Header { len, ..packet }.bytes());
-            self.receive.used(*head, HEADER as u32 + len)?;
-            left -= len as usize;
-            filled += 1;
-        }
-        self.board.delivered(filled);
-        self.receive.put_back((buffers.len() - filled) as u16);
-        Ok(buffers.len())
     }
 }
 

@@ -21,17 +21,18 @@ use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{Header, NO_MORE, NO_RECEIVE, NO_SEND, Op};
-use crate::virtio::areas::Areas;
+use crate::virtio::areas::{Areas, receive_stream};
 
 /// The buffer that each connection has for what the guest sends.
 pub const BUF_ALLOC: u32 = 256 << 10;
 /// Room told late is as good as none: it is told when so much has been made.
 const TELL_CREDIT: u32 = BUF_ALLOC / 2;
 /// Most bytes taken from a socket at once.
-const MAX_BURST: usize = 64 << 10;
+const MAX_BURST: usize = 256 << 10;
 /// Least bytes that room is looked for: what one receive buffer of Linux holds.
 const MIN_BURST: usize = 4 << 10;
 
@@ -364,9 +365,9 @@ impl Connection {
         }
     }
 
-    /// Reads data for the guest into `room`, of which there is no more than was due; returns how many bytes came.
-    pub fn read(&mut self, room: &Areas<'_>) -> usize {
-        match room.receive_stream(self.stream.as_fd()) {
+    /// Reads data for the guest, at most as much as was due, into `room`; returns how many bytes came.
+    pub fn read<'a>(&mut self, room: impl Iterator<Item = VolatileSlice<'a>>, most: usize) -> usize {
+        match receive_stream(self.stream.as_fd(), room, most) {
             Ok((0, _)) => self.host_ended = true,
             Ok((len, full)) => {
                 self.outward.sent = self.outward.sent.wrapping_add(len as u32);

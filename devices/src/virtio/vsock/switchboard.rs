@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
+use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Due, Outcome, Stage};
@@ -459,11 +460,11 @@ impl Switchboard {
         }
     }
 
-    /// Reads data of connection `id` into `room`; returns how many bytes came, and the header for packets of them, but for their
-    /// lengths.
-    pub fn read(&mut self, id: u64, room: &Areas<'_>) -> (Header, usize) {
+    /// Reads data of connection `id`, at most `most` bytes, into `room`; returns how many bytes came, and the header for packets of
+    /// them, but for their lengths.
+    pub fn read<'a>(&mut self, id: u64, room: impl Iterator<Item = VolatileSlice<'a>>, most: usize) -> (Header, usize) {
         let Some(entry) = self.connections.get_mut(&id) else { return (Header::default(), 0) };
-        let len = entry.connection.read(room);
+        let len = entry.connection.read(room, most);
         let header = if len > 0 { entry.header(self.cid, Op::Data) } else { Header::default() };
         self.counters.rx_bytes.add(len as u64);
         self.settle(id);

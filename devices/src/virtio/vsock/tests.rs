@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::connection::BUF_ALLOC;
-use super::packet::{NO_MORE, NO_RECEIVE, NO_SEND, Op, Ports};
+use super::packet::{HEADER, Header, NO_MORE, NO_RECEIVE, NO_SEND, Op, Ports};
 use super::*;
 use crate::virtio::testing::{Part, until};
 use guest::{CID, Guest, ROOM, header, line, text};
