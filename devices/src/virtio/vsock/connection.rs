@@ -29,8 +29,8 @@ use crate::virtio::areas::{Areas, receive_stream};
 
 /// The buffer that each connection has for what the guest sends.
 pub const BUF_ALLOC: u32 = 256 << 10;
-/// Room told late is as good as none: it is told when so much has been made.
-const TELL_CREDIT: u32 = BUF_ALLOC / 2;
+/// Room is told when so much has been made: Linux, too, tells it when there would be less than the largest of its packets.
+const TELL_CREDIT: u32 = BUF_ALLOC - (64 << 10);
 /// Most bytes taken from a socket at once.
 const MAX_BURST: usize = 256 << 10;
 /// Least bytes that room is looked for: what one receive buffer of Linux holds.
@@ -80,7 +80,9 @@ struct Outward {
     room: u32,
     /// Bytes that it has passed on.
     passed_on: u32,
-    /// It was asked for news since there was no room.
+    /// There has been no room for long.
+    late: bool,
+    /// It was asked for news since then.
     asked: bool,
 }
 
@@ -88,7 +90,8 @@ impl Outward {
     /// Takes the news that each packet brings.
     fn learn(&mut self, header: &Header) {
         (self.room, self.passed_on) = (header.buf_alloc, header.fwd_cnt);
-        self.asked &= self.credit() == 0;
+        self.late &= self.credit() == 0;
+        self.asked &= self.late;
     }
 
     /// How many bytes may be sent.
@@ -338,7 +341,7 @@ impl Connection {
         }
         if self.readable && !self.host_ended && !self.guest_deaf {
             match self.outward.credit() {
-                0 if !self.outward.asked => return Some(Due::Say(Op::CreditRequest, 0)),
+                0 if self.outward.late && !self.outward.asked => return Some(Due::Say(Op::CreditRequest, 0)),
                 0 => {}
                 credit => return Some(Due::Data(self.burst.min(credit as usize))),
             }
@@ -348,6 +351,22 @@ impl Connection {
         }
         let flags = if self.host_ended { NO_SEND } else { 0 } | if self.host_deaf { NO_RECEIVE } else { 0 };
         (flags & !self.said != 0).then_some(Due::Say(Op::Shutdown, flags))
+    }
+
+    /// Whether there is data for the guest and it has no room. It should say when it has: asking at once would make two packets,
+    /// two interrupts and a kick of what is none with a guest that reads.
+    pub fn starves(&self) -> bool {
+        let open = self.stage == Stage::Open && self.opening.is_none();
+        open && self.readable
+            && !self.host_ended
+            && !self.guest_deaf
+            && self.outward.credit() == 0
+            && !self.outward.late
+    }
+
+    /// The guest had time to say that it has room.
+    pub fn lose_patience(&mut self) {
+        self.outward.late = self.outward.credit() == 0;
     }
 
     /// A packet that was due, without data, is on its way.

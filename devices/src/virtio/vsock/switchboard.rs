@@ -43,6 +43,8 @@ const EVENTS: usize = 64;
 const LOOKS: usize = 8;
 /// How long the listener rests when the process has no descriptor left.
 const REST: Duration = Duration::from_secs(1);
+/// How long a guest may leave unsaid that it has room again before it is asked. Linux says so by itself.
+const CREDIT_PATIENCE: Duration = Duration::from_millis(50);
 
 /// What a stream is watched for at first.
 const STREAM_EVENTS: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP);
@@ -66,6 +68,8 @@ struct Entry {
     ports: Ports,
     /// The stage for which its deadline was set.
     stage: Stage,
+    /// Its deadline is for the guest's news of room.
+    starves: bool,
     /// What its socket is watched for.
     watched: EventSet,
 }
@@ -198,7 +202,14 @@ impl Switchboard {
             match id {
                 LISTENER => self.acceptable = true,
                 id if self.handshakes.contains_key(&id) => self.refuse_handshake(id),
-                id => self.break_off(id),
+                id => match self.connections.get_mut(&id) {
+                    Some(entry) if entry.starves => {
+                        entry.starves = false;
+                        entry.connection.lose_patience();
+                        self.settle(id);
+                    }
+                    _ => self.break_off(id),
+                },
             }
         }
     }
@@ -280,7 +291,7 @@ impl Switchboard {
 
     fn insert(&mut self, id: u64, ports: Ports, connection: Connection, stage: Stage) {
         self.by_ports.insert(ports, id);
-        self.connections.insert(id, Entry { connection, ports, stage, watched: STREAM_EVENTS });
+        self.connections.insert(id, Entry { connection, ports, stage, starves: false, watched: STREAM_EVENTS });
         let deadline = (stage == Stage::Requested).then(|| Instant::now() + self.limits.patience);
         self.deadlines.set(id, deadline);
         self.settle(id);
@@ -326,6 +337,12 @@ impl Switchboard {
             entry.stage = stage;
             let deadline = (stage == Stage::Closing).then(|| Instant::now() + self.limits.patience);
             self.deadlines.set(id, deadline);
+            entry.starves = false;
+        }
+        // Where room came and went meanwhile, it passes too early, which is no harm.
+        if !entry.starves && entry.connection.starves() {
+            entry.starves = true;
+            self.deadlines.set(id, Some(Instant::now() + CREDIT_PATIENCE));
         }
         let interest = entry.connection.interest();
         if interest != entry.watched {

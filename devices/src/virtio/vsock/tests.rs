@@ -257,11 +257,12 @@ fn the_guest_is_told_of_room_when_it_asks_or_must_know() {
     guest.send(Op::CreditRequest, ports, &[]);
     let (header, _) = guest.expect(Op::CreditUpdate, ports);
     assert_eq!((header.buf_alloc, header.fwd_cnt), (BUF_ALLOC, 1000));
-    for _ in 0..2 {
+    for _ in 0..3 {
+        guest.nothing_arrives();
         guest.send(Op::Data, ports, &text(0, 64 << 10));
         exactly(&program, 64 << 10);
     }
-    assert_eq!(guest.expect(Op::CreditUpdate, ports).0.fwd_cnt, 1000 + (128 << 10));
+    assert_eq!(guest.expect(Op::CreditUpdate, ports).0.fwd_cnt, 1000 + (192 << 10));
 }
 
 #[test]
