@@ -19,6 +19,7 @@ mod areas;
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod courtesy;
 mod held;
 pub mod net;
 pub mod pci;

@@ -3,6 +3,8 @@
 //! It waits for kicks, for the device's own descriptors and for commands. A fault of the driver's (a broken queue) stops
 //! the serving for good: the driver is told through DEVICE_NEEDS_RESET and the thread waits for the reset.
 //!
+//! It takes no processor from a vCPU (see `courtesy`).
+//!
 //! While paused only commands are read: kicks and edge-triggered readiness stay pending in the epoll set, so nothing is
 //! missed on resume. A thread that parks says where its queues stand, for whoever saves the device.
 
@@ -12,10 +14,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::courtesy::wait_for_turns;
 use super::ring::Ring;
 use super::{Activation, Interrupt, QueuePosition};
 
@@ -202,6 +205,9 @@ struct Loop<H> {
 
 impl<H: Handler> Loop<H> {
     fn run(mut self, paused: bool) {
+        if let Err(e) = wait_for_turns() {
+            debug!(device = %self.name, "cannot choose how to be scheduled: {e}");
+        }
         if paused && !self.obey(true) {
             return;
         }

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::job::Job;
+use crate::virtio::courtesy::wait_for_turns;
 
 /// Threads of one queue. Requests of a guest that allocate are few at a time, and wait for one another in the image.
 const THREADS: usize = 4;
@@ -41,7 +42,12 @@ impl Helpers {
             let (inbox, results) = (Arc::clone(&inbox), Arc::clone(&helpers.results));
             let event = Arc::clone(&helpers.event);
             let thread = std::thread::Builder::new().name(format!("{short}+"));
-            helpers.threads.push(thread.spawn(move || work(&inbox, &results, &event))?);
+            let run = move || {
+                // They serve as well if it cannot be.
+                let _ = wait_for_turns();
+                work(&inbox, &results, &event);
+            };
+            helpers.threads.push(thread.spawn(run)?);
         }
         Ok(helpers)
     }
