@@ -293,15 +293,17 @@ fn an_image_that_comes_to_count_its_header_as_free_keeps_it() {
     bytes[clusters..clusters + entries.len()].copy_from_slice(&entries);
     // For one, data are wanted in its place; for the other first a table.
     for sector in [8, 4096] {
-        std::fs::write(folder.path("disk"), &bytes).unwrap();
-        let mut setup = Setup::new(Disk::open(&folder.path("disk"), QCOW2).unwrap(), 1 << VIRTIO_BLK_F_FLUSH);
+        // Each its own: another test that is just starting a program holds this process's locks for a moment.
+        let path = folder.path(&format!("disk{sector}"));
+        std::fs::write(&path, &bytes).unwrap();
+        let mut setup = Setup::new(Disk::open(&path, QCOW2).unwrap(), 1 << VIRTIO_BLK_F_FLUSH);
         let mut write = |sector| {
             setup.status(&[Part::Say(&header(VIRTIO_BLK_T_OUT, sector)), Part::Say(&[7; 4096]), Part::Room(1)])
         };
         assert_eq!((write(0), write(sector)), (OK, IOERR));
         assert_eq!(write(16), OK, "what has its place can be written");
         drop(setup);
-        assert_eq!(std::fs::read(folder.path("disk")).unwrap()[..512], bytes[..512]);
+        assert_eq!(std::fs::read(&path).unwrap()[..512], bytes[..512]);
     }
 }
 
