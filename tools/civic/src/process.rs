@@ -1,51 +1,50 @@
-//! Waiting for a process that is not our child, without mistaking another that gets its id for it.
+//! Waiting for a process that is not our child, and ending it, without mistaking another that gets its id for it.
+#![allow(unsafe_code)]
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
-/// How often to look. There is nothing to wait on without a pidfd, and nobody sees a tenth of a second.
-const INTERVAL: Duration = Duration::from_millis(100);
+use nix::errno::Errno;
+use nix::libc::{SIGKILL, SYS_pidfd_open, SYS_pidfd_send_signal, siginfo_t, syscall};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
-/// A process, by its open `/proc/PID/stat`: once it is gone, reading that fails, whoever has the id by then.
+/// A process, by its pidfd (pidfd_open(2), Linux 5.3): that becomes readable when the process ends, and refers to it whoever has
+/// the id by then.
 pub struct Process {
-    stat: File,
+    pidfd: OwnedFd,
 }
 
 impl Process {
     /// The process that has this id now.
     pub fn open(pid: u32) -> io::Result<Self> {
-        Ok(Self { stat: File::open(format!("/proc/{pid}/stat"))? })
+        // SAFETY: the call takes its arguments by value and touches no memory of ours.
+        let fd = Errno::result(unsafe { syscall(SYS_pidfd_open, pid, 0) })?;
+        // SAFETY: the kernel has just made this descriptor for us; it is nobody else's, and fits a RawFd.
+        Ok(Self { pidfd: unsafe { OwnedFd::from_raw_fd(fd as RawFd) } })
     }
 
-    /// Whether it has ended; nobody need have waited for it.
-    pub fn has_ended(&self) -> bool {
-        let mut text = [0; 512];
-        match self.stat.read_at(&mut text, 0) {
-            Ok(len) => is_over(&text[..len]),
-            Err(_) => true,
+    /// Kills it; one that has ended needs no killing.
+    pub fn kill(&self) -> io::Result<()> {
+        let (fd, as_kill_does) = (self.pidfd.as_raw_fd(), std::ptr::null::<siginfo_t>());
+        // SAFETY: the call takes its arguments by value; the null pointer, which it takes for "as kill(2) does", is not followed.
+        match Errno::result(unsafe { syscall(SYS_pidfd_send_signal, fd, SIGKILL, as_kill_does, 0) }) {
+            Ok(_) | Err(Errno::ESRCH) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 
-    /// Waits until it has ended: true, or false after `limit`.
-    pub async fn wait(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        while !self.has_ended() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            tokio::time::sleep(left.min(INTERVAL)).await;
+    /// Waits until it has ended, whether or not somebody has waited for it: true, or false after `limit`.
+    pub async fn wait(&self, limit: Duration) -> io::Result<bool> {
+        // SAFETY: the descriptor is ours and stays open and the same until `self` is dropped, which this borrows for longer than
+        // the registration lives.
+        let ended = unsafe { AsyncFd::register_with_interest(self.pidfd.as_raw_fd(), Interest::READABLE) }?;
+        match tokio::time::timeout(limit, ended.readable()).await {
+            Ok(ready) => ready.map(|_| true),
+            Err(_) => Ok(false),
         }
-        true
     }
-}
-
-/// Whether `/proc/PID/stat` says zombie or dead. The name before the state may contain anything, `)` too (proc_pid_stat(5)).
-fn is_over(stat: &[u8]) -> bool {
-    let Some(end) = stat.iter().rposition(|&b| b == b')') else { return true };
-    matches!(stat.get(end + 2), None | Some(b'Z' | b'X' | b'x'))
 }
 
 #[cfg(test)]
@@ -54,21 +53,23 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn states() {
-        assert!(!is_over(b"1 (a) b) R 0"));
-        assert!(is_over(b"1 (a) R) Z 0"));
-        assert!(is_over(b""));
-    }
-
-    #[test]
     fn an_ended_process_is_noticed_before_and_after_it_is_reaped() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let process = Process::open(child.id()).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        assert!(!runtime.block_on(process.wait(Duration::from_millis(1))));
-        child.kill().unwrap();
-        assert!(runtime.block_on(process.wait(Duration::from_secs(20))));
+        let waited = |limit| runtime.block_on(process.wait(limit)).unwrap();
+        assert!(!waited(Duration::from_millis(1)));
+        process.kill().unwrap();
+        assert!(waited(Duration::from_secs(20)));
         child.wait().unwrap();
-        assert!(process.has_ended());
+        assert!(waited(Duration::from_secs(20)));
+        process.kill().unwrap();
+    }
+
+    #[test]
+    fn who_is_not_there_cannot_be_opened() {
+        // Ids end below this.
+        let error = Process::open(1 << 30).err().unwrap();
+        assert_eq!(error.raw_os_error(), Some(Errno::ESRCH as i32));
     }
 }

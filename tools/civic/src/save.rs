@@ -45,7 +45,7 @@ pub async fn save(dir: &RunDir, name: &str, directory: &Path, then: AfterSave, j
     };
     bar.finish_and_clear();
     let report = report.map_err(|error| explain(dir, name, error))?;
-    if then == AfterSave::Stop && !process.wait(END_TIMEOUT).await {
+    if then == AfterSave::Stop && !process.wait(END_TIMEOUT).await.context("cannot wait for the monitor")? {
         let message = format!("{name} is saved, but its monitor has not ended within {} s", END_TIMEOUT.as_secs());
         return Err(advice::error(message, format!("see {}", dir.log(name).display())));
     }

@@ -7,8 +7,6 @@ use anyhow::Context;
 use civic_api::ErrorCode;
 use civic_api::client::ClientError;
 use indicatif::{ProgressBar, ProgressStyle};
-use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 
 use crate::process::Process;
 use crate::rundir::{Found, RunDir};
@@ -31,7 +29,7 @@ pub async fn stop(dir: &RunDir, name: &str, seconds: u64, force: bool) -> anyhow
     let progress = spinner(format!("waiting for {name} to switch itself off"));
     let ended = process.wait(Duration::from_secs(seconds)).await;
     progress.finish_and_clear();
-    if ended {
+    if ended.context("cannot wait for the monitor")? {
         // An orderly end leaves nothing behind.
         if dir.log(name).exists() && !dir.is_locked(name).unwrap_or(false) {
             Err(dir.not_running(name))
@@ -66,13 +64,12 @@ pub async fn kill(dir: &RunDir, name: &str) -> anyhow::Result<()> {
             if dir.lock_holder(name) != Some(pid) {
                 return Err(dir.not_running(name));
             }
-            nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL)
-                .with_context(|| format!("cannot kill the monitor, process {pid}"))?;
+            process.kill().with_context(|| format!("cannot kill the monitor, process {pid}"))?;
             process
         }
         Found::Dead => return Err(dir.not_running(name)),
     };
-    if process.wait(KILL_TIMEOUT).await {
+    if process.wait(KILL_TIMEOUT).await.context("cannot wait for the monitor")? {
         return Ok(());
     }
     let hint = format!("see {}", dir.log(name).display());
