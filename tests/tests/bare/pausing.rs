@@ -1,5 +1,6 @@
 //! Pause and resume, at rest and under load; what is refused in which state.
 
+use std::fs;
 use std::time::Duration;
 
 use civic_api::client::{Client, ClientError};
@@ -119,6 +120,31 @@ fn activity(vm: &Vm) -> (u64, Vec<u64>) {
     (vm.counter("serial", "output_bytes"), exits)
 }
 
+/// What each vCPU's thread is in, by `/proc/PID/task/TID/syscall`: `202 0x…`, the number and arguments of a system call that it waits
+/// in, or `running`.
+fn vcpu_calls(vm: &Vm) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", vm.pid())).expect("the monitor's threads");
+    let tasks = tasks.map(|task| task.expect("a thread").path());
+    // Device threads come and go meanwhile.
+    let is_vcpu = |name: String| name.starts_with("vcpu");
+    let vcpus = tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(is_vcpu));
+    vcpus.map(|task| fs::read_to_string(task.join("syscall")).expect("what a vCPU's thread is in")).collect()
+}
+
+/// Whether each vCPU is out of the guest: its thread waits for another thread (futex(2)), not in `KVM_RUN`, whether that runs or the
+/// guest's processor sleeps. One that was back in the guest between two looks has more exits.
+fn all_wait_outside(vm: &Vm) -> bool {
+    let calls = vcpu_calls(vm);
+    assert_eq!(calls.len(), vm.info().vcpus.len(), "{calls:?}");
+    calls.iter().all(|call| call.starts_with("202 "))
+}
+
+/// Pauses, and returns once every vCPU's thread has come to rest: it says that it parks just before it does.
+fn pause_to_rest(vm: &Vm) {
+    vm.pause();
+    vm.until("all vCPUs to wait outside the guest", all_wait_outside);
+}
+
 /// Consumes what was printed, up to `len` bytes, and checks that it counts on from `next`.
 fn check_sequence(vm: &mut Vm, len: usize, next: &mut u32) {
     let bytes = vm.take(len / LINE_LEN * LINE_LEN);
@@ -135,14 +161,14 @@ fn a_paused_guest_holds_still_and_goes_on_with_the_very_next_value() {
     let mut next = 0;
     for _ in 0..5 {
         vm.until("output", |vm| vm.printed() > (next as usize + 20) * LINE_LEN);
-        vm.pause();
+        pause_to_rest(&vm);
         assert_eq!(vm.state(), VmState::Paused);
         let before = activity(&vm);
-        std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(activity(&vm), before);
         let run = vm.info().run_ms;
         // All that it printed is here in a moment; nothing follows.
         vm.until("the last output", |vm| vm.printed() as u64 == before.0);
+        assert!(all_wait_outside(&vm), "{:?}", vcpu_calls(&vm));
+        assert_eq!(activity(&vm), before);
         vm.resume();
         assert_eq!(vm.state(), VmState::Running);
         vm.until("more output", |vm| vm.printed() as u64 > before.0);
@@ -206,13 +232,13 @@ fn what_is_typed_while_it_is_paused_wakes_it_on_resume() {
     let mut vm = Setup::new(&echo(false)).boot();
     vm.expect("ready\n");
     for key in *b"civic" {
-        vm.pause();
-        let before = vm.counter("serial", "input_bytes");
+        pause_to_rest(&vm);
+        let (before, activity_before) = (vm.counter("serial", "input_bytes"), activity(&vm));
         vm.send(&[key]);
         vm.until("the key to reach the port", |vm| vm.counter("serial", "input_bytes") == before + 1);
-        let exits = activity(&vm);
-        std::thread::sleep(Duration::from_millis(10));
-        assert_eq!(activity(&vm), exits);
+        // The port interrupts before it counts: had anybody been in the guest to hear it, that thread would be awake now.
+        assert!(all_wait_outside(&vm), "{:?}", vcpu_calls(&vm));
+        assert_eq!(activity(&vm), activity_before);
         vm.resume();
         assert_eq!(vm.take(1), [key]);
     }
@@ -236,11 +262,18 @@ fn pauses_and_resets_do_not_lose_each_other() {
         std::thread::sleep(Duration::from_micros(round * 311 % 10_000));
         vm.pause();
         assert_eq!(vm.state(), VmState::Paused);
-        // A reset that came first makes the next machine meanwhile, which waits.
+        // A reset that came first makes the next machine meanwhile, which waits. Commands and resets come through one channel: what
+        // the guest did before it was paused is done when another command is answered, and then nothing more comes.
         let boots = vm.info().boots;
-        std::thread::sleep(Duration::from_millis(2));
-        let info = vm.info();
+        let behind = || {
+            let refused = vm.api(|client| async move { client.pause().await });
+            let code = refused.as_ref().err().and_then(ClientError::refusal).map(|refusal| refusal.code);
+            assert_eq!(code, Some(ErrorCode::WrongState), "{refused:?}");
+            vm.info()
+        };
+        let info = behind();
         assert!(info.state == VmState::Paused && info.boots - boots <= 1, "{boots} boots before {info:?}");
+        assert_eq!((behind().state, behind().boots), (VmState::Paused, info.boots));
         vm.resume();
     }
     let boots = vm.info().boots;
