@@ -28,10 +28,9 @@ impl From<ResourceError> for ErrorBody {
             ResourceError::Initrd { .. } => (ErrorCode::ImageUnusable, None),
             ResourceError::Disk { source, .. } => disk(source),
             ResourceError::Tap { source, .. } => tap(source),
-            ResourceError::Vsock(VsockError::Taken(_)) => (
-                ErrorCode::SocketUnavailable,
-                Some("give each VM a path of its own; remove what a monitor that was killed has left there"),
-            ),
+            ResourceError::Vsock(VsockError::InUse(_) | VsockError::Taken(_)) => {
+                (ErrorCode::SocketUnavailable, Some("give each VM a path of its own"))
+            }
             ResourceError::Vsock(_) => (ErrorCode::SocketUnavailable, None),
             ResourceError::Console(_) | ResourceError::Isolated(_) => (ErrorCode::Internal, None),
         };

@@ -99,7 +99,8 @@ pub struct NetConfig {
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
     /// Unix socket the monitor listens on for the host's connections to the guest. A connection of the guest's to port N of
-    /// the host goes to the socket of this path with `_N` behind it.
+    /// the host goes to the socket of this path with `_N` behind it. A lock with `.lock` behind the path is there as long as the
+    /// socket; a socket that nobody listens on any more is replaced.
     #[schema(value_type = String, max_length = 96)]
     pub uds: PathBuf,
     /// The guest's address (context id). Absent means 3.

@@ -18,6 +18,7 @@
 //! its program waits.
 
 mod buffers;
+mod claim;
 mod connection;
 mod deadlines;
 mod handshake;

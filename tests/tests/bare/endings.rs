@@ -1,9 +1,11 @@
 //! How a guest starts over, and how it ends: every road to a reset, S5, kill, signals, failure.
 
 use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
 
-use civic_api::VmState;
 use civic_api::launch::LOG_FILE;
+use civic_api::{ErrorCode, VmState, VsockConfig};
 use civic_tests::bare::program::{COM1, DATA, ECAM, IOAPIC, LAPIC, linux64, pvh};
 use civic_tests::bare::vm::{Setup, Vm};
 use iced_x86::code_asm::*;
@@ -247,4 +249,34 @@ fn two_monitors_share_a_run_directory() {
     assert_eq!(second.state(), VmState::Running);
     second.kill();
     assert!(second.ended().success());
+}
+
+#[test]
+fn what_a_killed_monitor_leaves_of_its_vsock_is_replaced_and_what_a_live_one_has_is_not() {
+    let kernel = pvh(|asm| {
+        asm.print("up\n")?;
+        asm.spin()
+    });
+    let place = tempfile::tempdir().expect("a directory");
+    let uds = place.path().join("vsock");
+    let with_vsock = |name: &str| {
+        let mut setup = Setup::new(&kernel).name(name);
+        setup.config.vsock = Some(VsockConfig { uds: uds.clone(), cid: None });
+        setup
+    };
+    let mut vm = with_vsock("first").boot();
+    vm.expect("up\n");
+    let refused = with_vsock("second").refused();
+    assert_eq!(refused.code, ErrorCode::SocketUnavailable, "{refused:?}");
+    assert!(refused.message.contains(&format!("{} is in use", uds.display())), "{refused:?}");
+    signal(&vm, Signal::SIGKILL);
+    assert!(!vm.ended_badly().0.success());
+    assert!(UnixStream::connect(&uds).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused));
+
+    let mut vm = vm.again();
+    vm.expect("up\n");
+    UnixStream::connect(&uds).expect("its socket is a new one");
+    vm.kill();
+    assert!(vm.ended().success());
+    assert_eq!(fs::read_dir(place.path()).expect("the directory").count(), 0);
 }
