@@ -133,7 +133,8 @@ pub struct DeviceInfo {
     #[schema(example = "0000:00:03.0")]
     pub address: Option<String>,
     /// What it was configured with, by the names in the configuration's JSON; a rate's are `bytes_per_second` and
-    /// `operations_per_second`, a network card's with `rx_` or `tx_` before. What is not there was left to the monitor.
+    /// `operations_per_second`, a network card's with `rx_` or `tx_` before. What is not there was left to the monitor, but for a
+    /// network card's address: `mac` is the one it has.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub settings: BTreeMap<String, String>,
     /// Counters since the monitor started; names end in their unit (`read_bytes`, `kicks`). They never go back.

@@ -139,6 +139,11 @@ fn tiny_life(mut spec: Spec) -> Result<()> {
     ensure!(written.starts_with(&sha256(&on_host)?), "the image does not hold what the guest wrote");
     let text = kernel_text(&mut vm)?;
 
+    let told = vm.info()?.devices.into_iter().find_map(|mut device| device.settings.remove("mac"));
+    ensure!(
+        told == Some(vm.sh("cat /sys/class/net/eth0/address")?),
+        "the card's address is not the one told: {told:?}"
+    );
     let tap = (vm.tap.host, vm.tap.guest);
     vm.sh("httpd -h /www")?;
     let page = run("curl", &["-sS", "--max-time", "60", &format!("http://{}/", tap.1)])?;

@@ -7,7 +7,7 @@ use civic_api::{DeviceInfo, VcpuInfo, VmConfig};
 use civic_devices::counters::Counters;
 use civic_devices::virtio::DeviceType;
 
-use super::{Machine, Plugged};
+use super::{Machine, Plugged, effective_mac};
 
 /// Counters of one machine, and what its predecessors' had come to.
 struct Tally {
@@ -59,7 +59,7 @@ impl Meters {
             id: meter.id.clone(),
             kind: meter.kind.into(),
             address: meter.address.clone(),
-            settings: config.settings(&meter.id),
+            settings: settings(config, &meter.id),
             counters: meter.tally.read(),
         };
         self.devices.iter().map(info).collect()
@@ -70,6 +70,15 @@ impl Meters {
         let info = |(index, tally): (usize, &Tally)| VcpuInfo { index: index as u32, exits: tally.read() };
         self.vcpus.iter().enumerate().map(info).collect()
     }
+}
+
+/// What a device was given, and the address of a network card that was given none.
+fn settings(config: &VmConfig, id: &str) -> BTreeMap<String, String> {
+    let mut settings = config.settings(id);
+    if let Some(net) = config.nets.iter().find(|net| net.id == id) {
+        settings.insert("mac".into(), effective_mac(config, net).to_string());
+    }
+    settings
 }
 
 impl Machine {
@@ -92,5 +101,24 @@ impl Machine {
         }
         let vcpus = self.vcpus.exits().iter().map(|exits| tally(Arc::clone(exits) as Arc<dyn Counters>)).collect();
         Meters { devices, vcpus }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_card_shows_the_address_that_it_has() {
+        let json = r#"{"name":"web","kernel":"/k","memory_bytes":33554432,"cpus":1,
+            "nets":[{"id":"net0","tap":"a"},{"id":"net1","tap":"b","mac":"02:00:00:00:00:07"}]}"#;
+        let mut config: VmConfig = serde_json::from_str(json).unwrap();
+        let mac = |config: &VmConfig, id: &str| settings(config, id).remove("mac");
+        let made = mac(&config, "net0").unwrap();
+        assert_eq!(made, effective_mac(&config, &config.nets[0]).to_string());
+        assert_eq!(mac(&config, "net1").as_deref(), Some("02:00:00:00:00:07"));
+        assert_eq!(mac(&config, "rng"), None);
+        config.name = "db".into();
+        assert_ne!(mac(&config, "net0"), Some(made));
     }
 }
