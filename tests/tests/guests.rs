@@ -78,7 +78,9 @@ fn main() {
         trials.push(trial(format!("balloon::{kernel}"), move || balloon(kernel)));
     }
     trials.push(trial("limits::rates".into(), limits::rates));
+    trials.push(trial("limits::frame_rates".into(), limits::frame_rates));
     trials.push(trial("limits::lost_storage".into(), limits::lost_storage));
+    trials.push(trial("limits::failing_storage".into(), limits::failing_storage));
     trials.push(trial("identity".into(), identity));
     trials.push(trial("memory_above_the_hole".into(), || big_memory("5G", 5)));
     trials.push(trial("memory_of_64_gib".into(), || big_memory("64G", 64)).with_ignored_flag(true));
