@@ -129,6 +129,11 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue; its length is the number of queues.
     fn queue_max_sizes(&self) -> &[u16];
+    /// How many interrupt vectors it offers: the drivers' custom is one for each queue and one for the configuration, or with
+    /// fewer one for all queues.
+    fn vectors(&self) -> u16 {
+        self.queue_max_sizes().len() as u16 + 1
+    }
     /// Reads the device-specific configuration; bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device-specific configuration; most devices have nothing writable.

@@ -173,8 +173,7 @@ impl VirtioPci {
         doorbells: Arc<dyn Doorbells>,
     ) -> io::Result<Self> {
         let max_sizes = device.queue_max_sizes().to_vec();
-        let count = max_sizes.len() as u16;
-        let msix = Arc::new(Msix::new(count + 1, interrupts)?);
+        let msix = Arc::new(Msix::new(device.vectors(), interrupts)?);
         let kind = device.device_type();
         let (config, msix_cap, pci_cfg) = config_space(kind, base, &msix);
         let kicks = max_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<_>>()?;
