@@ -2,8 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -90,12 +90,15 @@ impl<D> DerefMut for Attached<D> {
 #[derive(Default)]
 pub struct Spy {
     pub queue: AtomicU64,
+    /// The first queue of which it told.
+    pub first: OnceLock<u16>,
     pub config: AtomicU64,
     pub needs_reset: AtomicU64,
 }
 
 impl Interrupt for Spy {
-    fn queue(&self, _: u16) {
+    fn queue(&self, queue: u16) {
+        let _ = self.first.set(queue);
         self.queue.fetch_add(1, Ordering::SeqCst);
     }
     fn config(&self) {

@@ -113,6 +113,12 @@ impl VirtioDevice for Vsock {
         &[QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE]
     }
 
+    /// One for all queues: a program in the guest that reads has it send word of room, and that packet comes back at the time when
+    /// the next data come. Linux looks at every queue of an interrupt, so one does for both.
+    fn vectors(&self) -> u16 {
+        2
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.cid.to_le_bytes(), offset, data);
     }
@@ -217,7 +223,14 @@ impl Handler for VsockHandler {
         if position == usize::from(TRANSMIT) {
             self.take_packets()?;
         }
-        if self.more_events { self.look() } else { self.deliver() }
+        if self.more_events {
+            self.look()?
+        } else {
+            self.deliver()?
+        }
+        // After what its packets brought the guest: the interrupt for that finds these done as well, and then nobody waits for
+        // another.
+        self.transmit.notify()
     }
 
     fn ready(&mut self, _token: u16) -> Result<(), Fault> {
@@ -250,7 +263,8 @@ impl VsockHandler {
         Ok(())
     }
 
-    /// Takes packets from the driver until none waits, the switchboard wants no more, or it was enough for one turn.
+    /// Takes packets from the driver until none waits, the switchboard wants no more, or it was enough for one turn. The driver is
+    /// not told yet.
     fn take_packets(&mut self) -> Result<(), Fault> {
         let Self { transmit, board, .. } = self;
         let ram = transmit.ram();
@@ -258,7 +272,7 @@ impl VsockHandler {
         for _ in 0..TURN {
             if !board.takes_packets() {
                 self.transmit_blocked = true;
-                return transmit.notify();
+                return Ok(());
             }
             match transmit.next(&ram)? {
                 Some(chain) => {
@@ -266,10 +280,9 @@ impl VsockHandler {
                     transmit.used(chain.head, 0)?;
                 }
                 None if transmit.await_kick()? => {}
-                None => return transmit.notify(),
+                None => return Ok(()),
             }
         }
-        transmit.notify()?;
         transmit.kick_self()
     }
 

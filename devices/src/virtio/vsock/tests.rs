@@ -307,6 +307,18 @@ fn a_guest_that_sends_more_than_there_is_room_for_is_reset() {
     assert_eq!(exactly(&bystander, 8), b"unharmed");
 }
 
+/// On an interrupt for what it gets, a driver with one vector for all queues sees that its own packet is done as well.
+#[test]
+fn an_answer_is_told_before_what_it_answers() {
+    let mut guest = guest();
+    assert_eq!(guest.device.vectors(), 2);
+    let ports = Ports { guest: 10, host: 1 };
+    guest.send(Op::Request, ports, &[]);
+    guest.expect(Op::Reset, ports);
+    until("both interrupts", || guest.driver.interrupts() == 2);
+    assert_eq!(guest.driver.interrupt.first.get(), Some(&0));
+}
+
 #[test]
 fn nonsense_is_answered_or_ignored() {
     let mut guest = guest();
