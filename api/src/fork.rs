@@ -107,7 +107,7 @@ impl Family {
 pub struct Parent {
     /// The source's name at that time.
     pub name: String,
-    /// Which of its forks.
+    /// Which of its forks; 0 as long as it waits for that.
     pub generation: u32,
 }
 

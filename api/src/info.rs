@@ -20,10 +20,15 @@ use crate::{BalloonInfo, Family, SaveProgress};
 ///     ▼                 ▼               ▼
 ///  Stopped ◄────────────┴───────────────┘
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+///
+/// A VM that is to be forked begins as `Waiting`, and goes on as its source is, running or paused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
+    /// Waits to be forked from another VM: there is no guest yet.
+    Waiting,
     /// Built; no guest instruction has run.
+    #[default]
     Created,
     /// vCPUs run.
     Running,
@@ -39,6 +44,7 @@ impl VmState {
     /// As in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Waiting => "waiting",
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",

@@ -320,7 +320,7 @@ impl Drop for PageServer {
     fn drop(&mut self) {
         self.shared.inner().closing = true;
         // Ends the watchdog's wait, and tells the page server that the source is gone.
-        let _ = nix::sys::socket::shutdown(self.shared.wire.as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        self.shared.wire.shut_down();
         if let Some(watchdog) = self.watchdog.take() {
             let _ = watchdog.join();
         }

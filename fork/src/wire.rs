@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
-    connect, getsockopt, listen, recvmsg, sendmsg, socket, socketpair,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
+    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, shutdown, socket, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -100,6 +100,12 @@ impl Wire {
         Ok(getsockopt(&self.0, PeerCredentials)?.pid())
     }
 
+    /// Ends the connection, whoever waits at it: either end sees it closed.
+    pub fn shut_down(&self) {
+        // One that is not connected any more needs it not.
+        let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
+    }
+
     /// Whether the other end is closed.
     pub fn hung_up(&self) -> bool {
         let mut hung = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
@@ -129,22 +135,23 @@ impl Wire {
         if sent == bytes.len() { Ok(()) } else { Err(WireError::Nonsense("a message was cut".into())) }
     }
 
-    /// The next message and what came with it. Waits for it, for `limit` at most.
+    /// The next message and what came with it. Waits for it, for `limit` at most; [`Duration::MAX`] has no end.
     pub fn receive<T: DeserializeOwned>(&self, limit: Duration) -> Result<(T, Vec<OwnedFd>), WireError> {
-        let millis = limit.as_millis().min(i32::MAX as u128) as i32;
-        let mut wait = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
+        let timeout = match i32::try_from(limit.as_millis()) {
+            Ok(millis) => PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX),
+            Err(_) if limit == Duration::MAX => PollTimeout::NONE,
+            Err(_) => PollTimeout::MAX,
+        };
         loop {
-            match poll(&mut wait, timeout) {
+            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
                 Ok(0) => return Err(WireError::Timeout(limit)),
-                Ok(_) => break,
-                Err(Errno::EINTR) => (),
+                Ok(_) => (),
+                Err(Errno::EINTR) => continue,
                 Err(e) => return Err(e.into()),
             }
-        }
-        match self.try_receive()? {
-            Some(message) => Ok(message),
-            None => Err(WireError::Timeout(limit)),
+            if let Some(message) = self.try_receive()? {
+                return Ok(message);
+            }
         }
     }
 

@@ -91,9 +91,3 @@ pub enum ToSource {
         why: String,
     },
 }
-
-/// `CLOCK_MONOTONIC`, in nanoseconds: the same in all processes of a host.
-pub fn monotonic() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from);
-    now.unwrap_or_default().as_nanos() as u64
-}

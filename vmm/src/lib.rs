@@ -9,6 +9,7 @@
 //! here parses the guest kernel's structures.
 
 pub mod boot;
+pub mod clock;
 pub mod control;
 pub mod cpu;
 pub mod directory;

@@ -248,23 +248,30 @@ impl Board {
         VcpuShape::new(&self.kvm, xsave2).map_err(BuildError::Vcpu)
     }
 
-    /// The machine, parked.
-    fn finish(
-        self,
+    /// The vCPUs' threads, parked.
+    fn spawn(
+        &self,
         fds: Vec<VcpuFd>,
-        plugged: Vec<Plugged>,
-        balloon: Option<BalloonControl>,
-        identity: Identity,
-        lazy: Option<LazyMemory>,
         report: impl Fn(GuestEvent) + Clone + Send + 'static,
-    ) -> Result<Machine, BuildError> {
+    ) -> Result<Vcpus, BuildError> {
         let tell = move |event| match event {
             VcpuEvent::Reset => report(GuestEvent::Reset),
             VcpuEvent::Failed(why) => report(GuestEvent::Failed(why)),
         };
+        Vcpus::spawn(fds, Arc::clone(&self.gate), &self.buses, tell).map_err(io_error("a vCPU thread"))
+    }
+
+    /// The machine, parked.
+    fn finish(
+        self,
+        vcpus: Vcpus,
+        plugged: Vec<Plugged>,
+        balloon: Option<BalloonControl>,
+        identity: Identity,
+        lazy: Option<LazyMemory>,
+    ) -> Result<Machine, BuildError> {
         let shape = self.shape()?;
-        let Self { memory, vm, cpuid, gate, buses, root, power, serial, .. } = self;
-        let vcpus = Vcpus::spawn(fds, gate, &buses, tell).map_err(io_error("a vCPU thread"))?;
+        let Self { memory, vm, cpuid, root, power, serial, .. } = self;
         Ok(Machine {
             vcpus,
             lazy: lazy.map(Arc::new),
@@ -310,7 +317,8 @@ impl Machine {
             prepare(&fd, index, &board.cpuid, msrs.as_slice(), &boot)?;
             fds.push(fd);
         }
-        let machine = board.finish(fds, plugged, balloon, identity, None, report)?;
+        let vcpus = board.spawn(fds, report)?;
+        let machine = board.finish(vcpus, plugged, balloon, identity, None)?;
         info!(cpus = config.cpus, memory = config.memory_bytes, "machine built");
         Ok(machine)
     }
@@ -347,6 +355,13 @@ impl Machine {
     /// The balloon, if it has one.
     pub fn balloon(&self) -> Option<&BalloonControl> {
         self.balloon.as_ref()
+    }
+}
+
+impl Machine {
+    /// When its first vCPU entered the guest, by [`crate::clock::monotonic`]; none if it may not.
+    pub fn entered(&self) -> Option<u64> {
+        self.vcpus.entered()
     }
 }
 

@@ -189,7 +189,7 @@ fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHa
     let control = Arc::new(OnceLock::<Control>::new());
     let (to_be, dir) = (Arc::clone(&control), directory.path().to_owned());
     let obey = move || {
-        // While it waits, the first signal is its end.
+        // As long as it is not even known what it is to be, the first signal is its end.
         while to_be.get().is_none() {
             match signals.wait() {
                 Ok(Signal::SIGHUP) => (),
@@ -208,18 +208,25 @@ fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHa
     let conceived = Conceived::new(request, directory.path())?;
     preflight::check(&conceived.config)?;
     let resources = Resources::of_fork(&conceived.config, directory.path())?;
-    let embryo = Embryo::new();
-    let unborn = conceived.wait(resources, embryo.report())?;
-    say(&Launch::ready(std::process::id()));
-    let born = unborn.birth(embryo.report())?;
-    let (supervisor, link) = Supervisor::adopt(embryo, born);
-    let server = server::spawn(directory.bind()?, supervisor.control()).map_err(thread_refused)?;
-    let _ = control.set(supervisor.control());
-    if let Err(e) = supervisor.listen(directory.path()) {
-        warn!("whoever wants to fork this VM is not told that it cannot be: {e}");
+    let listener = directory.bind()?;
+    let embryo = Embryo::new(&conceived.config, &resources, &conceived.source);
+    if let Err(e) = embryo.listen(directory.path()) {
+        warn!("this VM cannot be forked: {e}");
     }
-    // Whoever hears that it runs may talk to it.
-    link.started();
+    let unborn = conceived.wait(resources, embryo.report())?;
+    let ours = embryo.control(unborn.quitter()?);
+    let server = server::spawn(listener, ours.clone()).map_err(thread_refused)?;
+    let _ = control.set(ours);
+    say(&Launch::ready(std::process::id()));
+    let (supervisor, link) = match unborn.birth() {
+        Ok(born) => Supervisor::adopt(embryo, born),
+        Err(e) => {
+            // Whoever asked for the end hears that it is.
+            server.stop();
+            return Err(e);
+        }
+    };
+    link.started(supervisor.entered());
     Ok((server, supervisor))
 }
 

@@ -1,6 +1,8 @@
 //! The supervisor: owns the machine and changes its state, one thing at a time.
 //!
 //! ```text
+//!  Waiting (to be forked; see Embryo)
+//!
 //!            Start            Pause
 //!  Created ────────▶ Running ◀──────▶ Paused        guest reset: the next machine, Running again
 //!                       │     Resume                guest power-off, failure, Kill: Stopped, the process ends
@@ -61,6 +63,7 @@ enum Message {
 const LAST_RESORT: Duration = Duration::from_secs(10);
 
 /// What is read without asking the supervisor.
+#[derive(Default)]
 struct Status {
     state: VmState,
     boots: u64,
@@ -84,6 +87,11 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(config: VmConfig, status: Status, family: Arc<Family>, resources: &Resources) -> Arc<Self> {
+        let (serial, hvc) = (Arc::clone(&resources.serial), Arc::clone(&resources.hvc));
+        Arc::new(Self { config, status: Mutex::new(status), family, serial, hvc })
+    }
+
     fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -130,20 +138,52 @@ impl View for Shared {
     }
 }
 
-/// A supervisor to come, whose machine is still to be born.
-pub struct Embryo((Sender<Message>, Receiver<Message>));
+/// A supervisor to come: its API answers already, its machine is still to be born.
+pub struct Embryo {
+    shared: Arc<Shared>,
+    sender: Sender<Message>,
+    inbox: Receiver<Message>,
+}
 
 impl Embryo {
-    /// One.
-    #[expect(clippy::new_without_default, reason = "it is an end of a channel, not a value")]
-    pub fn new() -> Self {
-        Self(channel())
+    /// Of a VM that waits to be forked from `source`.
+    pub fn new(config: &VmConfig, resources: &Resources, source: &str) -> Self {
+        let (sender, inbox) = channel();
+        let family = Family::new(Some(source.to_owned()));
+        let status = Status { state: VmState::Waiting, ..Status::default() };
+        Self { shared: Shared::new(config.clone(), status, family, resources), sender, inbox }
     }
 
     /// What its machine reports to.
     pub fn report(&self) -> impl Fn(GuestEvent) + Clone + Send + Sync + 'static {
-        let sender = self.0.0.clone();
+        let sender = self.sender.clone();
         move |event| drop(sender.send(Message::Guest(1, event)))
+    }
+
+    /// The API's handle, for now and later. `quit` ends the wait.
+    pub fn control(&self, quit: impl Fn() + Send + Sync + 'static) -> Control {
+        let (shared, sender) = (Arc::clone(&self.shared), self.sender.clone());
+        let send = move |request: Request| {
+            let state = shared.status().state;
+            let answer = match request.command {
+                _ if state != VmState::Waiting => return drop(sender.send(Message::Api(request))),
+                Command::Stop | Command::Kill => {
+                    quit();
+                    Ok(Answer::Done)
+                }
+                command => Err(wrong_state(&command, state)),
+            };
+            let _ = request.reply.send(answer);
+        };
+        Control::new(send, Arc::clone(&self.shared) as _)
+    }
+
+    /// As [`Supervisor::listen`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn listen(&self, dir: &std::path::Path) -> std::io::Result<()> {
+        self.shared.family.listen(dir)
     }
 }
 
@@ -173,7 +213,8 @@ impl Supervisor {
     pub fn new(config: VmConfig, mut resources: Resources) -> Result<Self, BuildError> {
         let (sender, inbox) = channel();
         let machine = build(&config, &mut resources, &sender, 1)?;
-        Ok(Self::around(machine, config, resources, (sender, inbox), None, Family::new(None)))
+        let shared = Shared::new(config, Status::default(), Family::new(None), &resources);
+        Ok(Self::around(machine, shared, resources, (sender, inbox), None))
     }
 
     /// Builds the machine that was saved; it waits for [`Command::Start`]. `config` is the saved one, with what has moved since.
@@ -197,14 +238,16 @@ impl Supervisor {
         let report = move |event| drop(report.send(Message::Guest(1, event)));
         let machine = Machine::restore(&config, &mut resources, &mut sections, fill, report)?;
         sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
-        Ok(Self::around(machine, config, resources, (sender, inbox), Some((boots, run)), Family::new(None)))
+        let shared = Shared::new(config, Status::default(), Family::new(None), &resources);
+        Ok(Self::around(machine, shared, resources, (sender, inbox), Some((boots, run))))
     }
 
     /// Takes over a machine that was just forked. It waits for [`Command::Start`], unless it is to stay paused, or runs already.
     pub fn adopt(embryo: Embryo, born: Born) -> (Self, Link) {
-        let Born { machine, resources, config, parent, go, lifeline, link } = born;
+        let Born { machine, resources, go, lifeline, link } = born;
+        let Embryo { shared, sender, inbox } = embryo;
         let lifeline = Arc::new(lifeline);
-        let (listening, lost) = (Arc::clone(&lifeline), embryo.0.0.clone());
+        let (listening, lost) = (Arc::clone(&lifeline), sender.clone());
         let listen = move || {
             let why = listening.last_word();
             let _ = lost.send(Message::MemoryLost(why));
@@ -212,8 +255,8 @@ impl Supervisor {
             std::process::exit(1);
         };
         let listener = std::thread::Builder::new().name("lifeline".into()).spawn(listen);
-        let family = Family::new(Some(parent));
-        let mut this = Self::around(machine, config, resources, embryo.0, Some((go.boots, go.run)), family);
+        shared.family.born_of(go.generation);
+        let mut this = Self::around(machine, shared, resources, (sender, inbox), Some((go.boots, go.run)));
         if let Err(e) = listener {
             let _ =
                 this.sender.send(Message::MemoryLost(format!("there is no thread to listen to its page server: {e}")));
@@ -240,26 +283,16 @@ impl Supervisor {
 
     fn around(
         machine: Machine,
-        config: VmConfig,
+        shared: Arc<Shared>,
         resources: Resources,
         (sender, inbox): (Sender<Message>, Receiver<Message>),
         life: Option<(u64, Duration)>,
-        family: Arc<Family>,
     ) -> Self {
-        let (boots, run) = life.unwrap_or_default();
-        let status = Status {
-            state: VmState::Created,
-            boots,
-            started: None,
-            run,
-            running_since: None,
-            meters: machine.meters(),
-            balloon: machine.balloon().cloned(),
-            saving: None,
-            ended: None,
-        };
-        let (serial, hvc) = (Arc::clone(&resources.serial), Arc::clone(&resources.hvc));
-        let shared = Arc::new(Shared { config, status: Mutex::new(status), family, serial, hvc });
+        let mut status = shared.status();
+        (status.boots, status.run) = life.unwrap_or_default();
+        (status.meters, status.balloon) = (machine.meters(), machine.balloon().cloned());
+        status.state = VmState::Created;
+        drop(status);
         let (restored, saving) = (life.is_some(), None);
         Self {
             shared,
@@ -274,6 +307,11 @@ impl Supervisor {
             sender,
             inbox,
         }
+    }
+
+    /// As [`Machine::entered`].
+    pub fn entered(&self) -> Option<u64> {
+        self.machine.as_ref()?.entered()
     }
 
     /// The API's handle.
@@ -353,10 +391,6 @@ impl Supervisor {
 
     fn obey(&mut self, command: Command) -> (Result<(), ErrorBody>, Option<EndReason>) {
         let state = self.shared.status().state;
-        let wrong = || {
-            let message = format!("cannot {} a VM that is {state}", command_name(&command));
-            Err(ErrorBody::new(ErrorCode::WrongState, message).with_hint(way_out(&command, state)))
-        };
         if self.saving.is_some() && command != Command::Kill {
             let message = format!("cannot {} a VM that is being saved", command_name(&command));
             let hint = "wait until it is saved ('civic info' shows how far it is), or kill it";
@@ -395,7 +429,7 @@ impl Supervisor {
                 None => Err(no_balloon()),
             },
             (Command::Kill, _) => return (Ok(()), Some(EndReason::Killed)),
-            _ => wrong(),
+            _ => Err(wrong_state(&command, state)),
         };
         (answer, None)
     }
@@ -645,11 +679,17 @@ fn command_name(command: &Command) -> &'static str {
     }
 }
 
+fn wrong_state(command: &Command, state: VmState) -> ErrorBody {
+    let message = format!("cannot {} a VM that is {state}", command_name(command));
+    ErrorBody::new(ErrorCode::WrongState, message).with_hint(way_out(command, state))
+}
+
 fn way_out(command: &Command, state: VmState) -> &'static str {
     match (command, state) {
         (Command::Stop, VmState::Paused) => "resume it first, so that the guest can see the power button; or kill it",
         (Command::Stop, VmState::Created) => "start it first, or kill it",
         (_, VmState::Created) => "start it first",
+        (_, VmState::Waiting) => "it is none yet: its source is still to be forked; 'kill' ends the wait",
         (_, VmState::Stopped) => "run it again",
         _ => "ask for its state with 'civic info'",
     }

@@ -31,6 +31,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use tracing::{debug, error, warn};
 
 use self::kick::RunPage;
+use crate::clock::monotonic;
 
 /// What a vCPU has to say that only the supervisor can act on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,8 @@ struct GateState {
     ended: BTreeSet<usize>,
     /// By vCPU.
     jobs: BTreeMap<usize, Job>,
+    /// When the first vCPU entered the guest.
+    entered: Option<u64>,
 }
 
 /// Says whether vCPUs may run. Shared by a machine's vCPUs, and by devices that end the machine.
@@ -92,7 +95,8 @@ pub struct Gate {
 impl Gate {
     /// A gate that is shut.
     pub fn new() -> Arc<Self> {
-        let state = GateState { mode: Mode::Park, parked: 0, ended: BTreeSet::new(), jobs: BTreeMap::new() };
+        let state =
+            GateState { mode: Mode::Park, parked: 0, ended: BTreeSet::new(), jobs: BTreeMap::new(), entered: None };
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), open: AtomicBool::new(false) })
     }
 
@@ -210,20 +214,40 @@ impl Vcpus {
     /// Does `work` on every vCPU, each on its own thread, at the same time; by vCPU, none for one whose thread has ended. The vCPUs must
     /// be paused.
     pub fn each<T: Send + 'static>(&self, work: impl Fn(&VcpuFd) -> T + Send + Sync + 'static) -> Vec<Option<T>> {
+        self.hand(0, vec![(); self.threads.len()], move |fd, _, ()| work(fd))
+    }
+
+    /// Does `work` on vCPU `first` and those after it, each on its own thread with its index and its part of `parts`, at the same time;
+    /// none for one whose thread has ended. The vCPUs must be paused.
+    pub fn hand<P: Send + 'static, T: Send + 'static>(
+        &self,
+        first: usize,
+        parts: Vec<P>,
+        work: impl Fn(&VcpuFd, usize, P) -> T + Send + Sync + 'static,
+    ) -> Vec<Option<T>> {
         let work = Arc::new(work);
-        let give = |index| {
+        let give = |(index, part)| {
             let (done, wait) = sync_channel(1);
             let work = Arc::clone(&work);
-            let job = Box::new(move |fd: &VcpuFd| drop(done.send(work(fd))));
+            let job = Box::new(move |fd: &VcpuFd| drop(done.send(work(fd, index, part))));
             let mut state = self.gate.state();
             if !state.ended.contains(&index) {
                 state.jobs.insert(index, job);
             }
             wait
         };
-        let waits: Vec<_> = (0..self.threads.len()).map(give).collect();
+        let waits: Vec<_> = (first..self.threads.len()).zip(parts).map(give).collect();
         self.gate.changed.notify_all();
         waits.into_iter().map(|wait| wait.recv().ok()).collect()
+    }
+
+    /// When the first of them entered the guest, by [`monotonic`]: waits for that, if they may. None if they may not, or all have ended.
+    pub fn entered(&self) -> Option<u64> {
+        let mut state = self.gate.state();
+        while state.entered.is_none() && state.mode == Mode::Run && state.ended.len() < self.threads.len() {
+            state = self.gate.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.entered
     }
 
     fn wait_parked(&self) {
@@ -275,10 +299,15 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
     fn run(mut self) {
         let _leave = Leave(Arc::clone(&self.gate), self.index);
         let page = RunPage::enter(&mut self.fd);
+        let mut entered = false;
         loop {
             // A kick between here and KVM_RUN sets the flag again, and one before here has changed the gate.
             self.fd.set_kvm_immediate_exit(0);
             let result = if self.gate.is_open() {
+                if !std::mem::replace(&mut entered, true) {
+                    self.gate.state().entered.get_or_insert_with(monotonic);
+                    self.gate.changed.notify_all();
+                }
                 self.enter(&page).map(|_| ())
             } else {
                 let completed = self.complete_io(&page);

@@ -312,6 +312,24 @@ impl Waiting {
     pub fn pid(&self) -> u32 {
         self.child.0.id()
     }
+
+    /// Asks its API.
+    pub fn api<T, F: Future<Output = T>>(&self, work: impl FnOnce(Client) -> F) -> T {
+        runtime().block_on(work(Client::new(self.setup.dir().join(SOCKET_FILE))))
+    }
+
+    /// Waits for the monitor to end by itself: its exit status.
+    pub fn ended(mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.0.try_wait().expect("the monitor is our child") {
+                assert!(!self.setup.dir().exists(), "its directory is left; the log:\n{}", read(&self.log));
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the monitor does not end; its log:\n{}", read(&self.log));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 struct Console {

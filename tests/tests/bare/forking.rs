@@ -79,6 +79,28 @@ fn paused_children_of_one_fork_wait_to_be_resumed() {
 }
 
 #[test]
+fn a_monitor_that_waits_says_so_and_can_be_ended() {
+    let source = Setup::new(&hammer()).boot();
+    for end in ["stop", "kill", "source"] {
+        let waiting = source.waiting("w");
+        let info = waiting.api(|client| async move { client.info().await }).unwrap();
+        assert_eq!((info.state, info.boots, info.vcpus.len()), (VmState::Waiting, 0, 0));
+        assert_eq!(info.family.parent, Some(civic_api::Parent { name: "bare".into(), generation: 0 }));
+        let refused = waiting.api(|client| async move { client.pause().await }).unwrap_err();
+        assert_eq!(refused.refusal().map(|error| error.code), Some(ErrorCode::WrongState), "{refused}");
+        match end {
+            "stop" => waiting.api(|client| async move { client.stop().await }).unwrap(),
+            "kill" => waiting.api(|client| async move { client.kill().await }).unwrap(),
+            _ => source.kill(),
+        }
+        assert_eq!(waiting.ended().code(), Some(1), "{end}");
+        if end != "source" {
+            source.until("nobody waits", |vm| vm.info().family.waiting.is_empty());
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_forked_is_refused_with_a_reason() {
     let source = Setup::new(&hammer()).launch();
     let fork = |children: &[&str]| {

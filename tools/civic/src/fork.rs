@@ -151,7 +151,7 @@ fn forest(vms: &[VmInfo]) -> Vec<Node> {
         Node {
             name: vm.name.clone(),
             state: vm.state.to_string(),
-            generation: vm.family.parent.as_ref().map(|parent| parent.generation),
+            generation: vm.family.parent.as_ref().map(|parent| parent.generation).filter(|generation| *generation != 0),
             children: own.into_iter().map(|child| node(child, children)).collect(),
         }
     }
@@ -215,6 +215,7 @@ mod tests {
             vm("web", None),
             vm("web-1", Some(("web", 1))),
             vm("web-2", Some(("web", 2))),
+            vm("web-3", Some(("web", 0))),
             vm("x", Some(("gone", 1))),
         ];
         let mut lines = Vec::new();
@@ -228,7 +229,8 @@ mod tests {
                 "db (running)",
                 "web (running)",
                 "├── web-1 (running, fork 1)",
-                "└── web-2 (running, fork 2)",
+                "├── web-2 (running, fork 2)",
+                "└── web-3 (running)",
                 "x (running, fork 1)"
             ]
         );

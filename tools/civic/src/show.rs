@@ -108,7 +108,7 @@ fn describe(info: &VmInfo) -> String {
     if let Some(ended) = &info.ended {
         lines.push(("ended", format!("{ended:?}")));
     }
-    if info.state == VmState::Created {
+    if matches!(info.state, VmState::Waiting | VmState::Created) {
         lines.retain(|(key, _)| *key != "runs for");
     }
     let mut text = String::new();

@@ -53,7 +53,7 @@ pub enum CpuidError {
 }
 
 /// A saved table.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CpuidStateV1 {
     /// As KVM takes them, before they name a vCPU.
     pub entries: Vec<kvm_cpuid_entry2>,

@@ -183,7 +183,7 @@ impl VcpuShape {
 }
 
 /// Keeps the vCPUs' time stamp counters together.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ClockLeader {
     /// The first vCPU's offsets: saved, and here.
     offsets: Option<(u64, u64)>,

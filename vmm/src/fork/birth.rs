@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use civic_api::launch::ForkConfig;
-use civic_api::{ErrorBody, ErrorCode, Parent, VmConfig};
+use civic_api::{ErrorBody, ErrorCode, VmConfig};
 use civic_devices::virtio::block::{Disk, DiskFormat, ReadDisk, WriteDisk, open_frozen};
 use civic_fork::disk::{Bytes, FrozenFile, FrozenParts, Overlay};
 use civic_fork::hello::{Hello, Role, VERSION};
@@ -21,17 +21,17 @@ use civic_fork::pager::{FEATURES, watch_child};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Wire, WireError};
 
-use super::{Go, PATIENCE, ToChild, ToSource, monotonic};
+use super::{Go, PATIENCE, ToChild, ToSource};
+use crate::clock::monotonic;
 use crate::layout::Layout;
-use crate::machine::{Board, GuestEvent, Machine};
+use crate::machine::state::Blank;
+use crate::machine::{GuestEvent, Machine};
 use crate::memory::Memory;
 use crate::resources::Resources;
 use crate::state::{MAX_BYTES, Sections};
 
 /// Where overlays are, if nothing else is said: on a disk, mostly.
 const OVERLAYS: &str = "/var/tmp";
-/// A child waits to be forked for as long as its source lives.
-const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 fn failed(message: impl Into<String>) -> ErrorBody {
     ErrorBody::new(ErrorCode::ForkFailed, message)
@@ -48,7 +48,8 @@ pub struct Conceived {
     overlays: PathBuf,
     /// What it is to be.
     pub config: VmConfig,
-    source: String,
+    /// Of whom.
+    pub source: String,
 }
 
 impl Conceived {
@@ -91,7 +92,7 @@ impl Conceived {
         resources: Resources,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Unborn, ErrorBody> {
-        let Self { link, ram, overlays, config, source } = self;
+        let Self { link, ram, overlays, config, .. } = self;
         let layout = Layout::new(config.memory_bytes).map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let memory =
             Memory::of_parent(&layout, Arc::new(ram)).map_err(|e| ErrorBody::from_error(ErrorCode::OutOfMemory, &e))?;
@@ -102,12 +103,12 @@ impl Conceived {
         let uffd = Userfault::open(FEATURES).map_err(|e| fork_failed(&e))?;
         watch_child(&uffd, &mappings).map_err(|e| fork_failed(&e))?;
         let (lifeline, there) = Wire::pair().map_err(io_failed("cannot make a lifeline"))?;
-        let board = Machine::unborn(&config, &resources, layout, memory, report)?;
+        let blank = Machine::unborn(&config, &resources, layout, memory, report)?;
         let handed = uffd.try_clone().map_err(io_failed("cannot hand over a userfaultfd"))?;
         let ready = ToSource::Ready { mappings };
         link.send(&ready, &[handed.as_fd(), there.as_fd()]).map_err(|e| broken(&e))?;
         match link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?.0 {
-            ToChild::Registered => Ok(Unborn { link, uffd, lifeline, board, overlays, config, source, resources }),
+            ToChild::Registered => Ok(Unborn { link, uffd, lifeline, blank, overlays, config, resources }),
             ToChild::Refused { why } => Err(failed(why)),
             _ => Err(failed("the source says something else than what it should")),
         }
@@ -123,10 +124,9 @@ pub struct Unborn {
     link: Wire,
     uffd: Userfault,
     lifeline: Wire,
-    board: Board,
+    blank: Blank,
     overlays: PathBuf,
     config: VmConfig,
-    source: String,
     resources: Resources,
 }
 
@@ -136,11 +136,7 @@ pub struct Born {
     pub machine: Machine,
     /// Opened.
     pub resources: Resources,
-    /// What it is.
-    pub config: VmConfig,
-    /// Of whom.
-    pub parent: Parent,
-    /// The rest of what the source said.
+    /// What the source said.
     pub go: Go,
     /// The page server's other end, and what keeps the memory watched.
     pub lifeline: Lifeline,
@@ -149,14 +145,23 @@ pub struct Born {
 }
 
 impl Unborn {
+    /// Ends the wait: [`Unborn::birth`] fails.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn quitter(&self) -> Result<impl Fn() + Send + Sync + 'static, ErrorBody> {
+        let link = self.link.try_clone().map_err(io_failed("cannot watch over the wait"))?;
+        Ok(move || link.shut_down())
+    }
+
     /// Waits for the fork, and makes the machine.
     ///
     /// # Errors
     /// When the source is gone, or its state cannot be this machine's. The source has been told.
-    pub fn birth(self, report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static) -> Result<Born, ErrorBody> {
-        let Self { link, uffd, lifeline, board, overlays, config, source, mut resources } = self;
+    pub fn birth(self) -> Result<Born, ErrorBody> {
+        let Self { link, uffd, lifeline, blank, overlays, config, mut resources } = self;
         let link = Link(link);
-        let (go, fds) = match link.0.receive::<ToChild>(FOREVER) {
+        let (go, fds) = match link.0.receive::<ToChild>(Duration::MAX) {
             Ok((ToChild::Go(go), fds)) => (go, fds),
             Ok((ToChild::Refused { why }, _)) => return Err(failed(why)),
             Ok(_) => return Err(failed("the source says something else than what it should")),
@@ -168,7 +173,7 @@ impl Unborn {
             for disk in &config.disks {
                 resources.disks.push(Arc::new(frozen_disk(&link.0, disk, &overlays)?));
             }
-            let machine = Machine::born(board, &config, &resources, &mut sections, report)?;
+            let machine = Machine::born(blank, &config, &resources, &mut sections)?;
             sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
             Ok(machine)
         })();
@@ -180,9 +185,8 @@ impl Unborn {
                 return Err(e);
             }
         };
-        let parent = Parent { name: source, generation: go.generation };
         let lifeline = Lifeline { wire: lifeline, _uffd: uffd };
-        Ok(Born { machine, resources, config, parent, go, lifeline, link })
+        Ok(Born { machine, resources, go, lifeline, link })
     }
 }
 
@@ -190,10 +194,10 @@ impl Unborn {
 pub struct Link(Wire);
 
 impl Link {
-    /// Says that it does, now.
-    pub fn started(self) {
+    /// Says since when it does; now, if it is to stay paused.
+    pub fn started(self, at: Option<u64>) {
         // A source that is gone needs not know.
-        let _ = self.0.send(&ToSource::Started { at: monotonic() }, &[]);
+        let _ = self.0.send(&ToSource::Started { at: at.unwrap_or_else(monotonic) }, &[]);
     }
 }
 
@@ -207,7 +211,7 @@ pub struct Lifeline {
 impl Lifeline {
     /// Waits for the page server's last word, which is this VM's end.
     pub fn last_word(&self) -> String {
-        match self.wire.receive::<LastWord>(FOREVER) {
+        match self.wire.receive::<LastWord>(Duration::MAX) {
             Ok((last, _)) => last.why,
             Err(WireError::Closed) => "its page server has died".into(),
             Err(e) => format!("its page server: {e}"),

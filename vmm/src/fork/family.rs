@@ -89,6 +89,8 @@ struct Inner {
     /// Those of the last fork. Watched while something of them is frozen, or is being frozen: so many times.
     disks: Option<Arc<Vec<Freezable>>>,
     pins: u32,
+    /// Of which fork of its parent it is; 0 until there is one.
+    born_of: GenerationId,
     /// What the last child needed first.
     needed: Vec<(u32, u32)>,
 }
@@ -97,13 +99,19 @@ struct Inner {
 pub struct Family {
     inner: Mutex<Inner>,
     changed: Condvar,
-    parent: Option<Parent>,
+    /// By name.
+    parent: Option<String>,
 }
 
 impl Family {
-    /// Of a VM that was forked from `parent`, or of none.
-    pub fn new(parent: Option<Parent>) -> Arc<Self> {
+    /// Of a VM that is forked from `parent`, or of none.
+    pub fn new(parent: Option<String>) -> Arc<Self> {
         Arc::new(Self { inner: Mutex::default(), changed: Condvar::new(), parent })
+    }
+
+    /// It was forked, and this is which fork of its parent it is of.
+    pub fn born_of(&self, generation: GenerationId) {
+        self.inner().born_of = generation;
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -208,7 +216,7 @@ impl Family {
         inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
         let lives = inner.server.as_ref().is_some_and(|server| server.lives());
         FamilyInfo {
-            parent: self.parent.clone(),
+            parent: self.parent.clone().map(|name| Parent { name, generation: inner.born_of }),
             children: inner
                 .children
                 .values()

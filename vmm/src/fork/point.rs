@@ -25,7 +25,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::info;
 
 use super::family::{Family, Waiting};
-use super::{Go, ToChild, ToSource, monotonic};
+use super::{Go, ToChild, ToSource};
+use crate::clock::monotonic;
 use crate::state::Sections;
 
 /// How long a child may take to live, once it has everything.

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::{Board, BuildError, GuestEvent, Machine, Plugged, io_error};
-use crate::cpu::cpuid::CpuidStateV1;
-use crate::cpu::state::{ClockLeader, VcpuStateError, VcpuStateV1};
+use crate::cpu::cpuid::{CpuidStateV1, CpuidTemplate};
+use crate::cpu::state::{ClockLeader, VcpuShape, VcpuStateError, VcpuStateV1};
 use crate::identity::Identity;
 use crate::kvm::KvmError;
 use crate::kvm::state::KvmStateV1;
@@ -31,6 +31,7 @@ use crate::layout::{self, Layout};
 use crate::memory::Memory;
 use crate::resources::Resources;
 use crate::state::{Section, Sections, StateError};
+use crate::vcpu::Vcpus;
 
 const CPUID: &str = "cpuid";
 const KVM: &str = "kvm";
@@ -105,6 +106,8 @@ pub enum RestoreError {
         #[source]
         source: VcpuStateError,
     },
+    #[error("vCPU {0} has failed")]
+    Ended(usize),
     #[error("cannot restore device '{id}'")]
     Device {
         id: String,
@@ -121,6 +124,58 @@ impl From<KvmError> for RestoreError {
     fn from(error: KvmError) -> Self {
         Self::Build(error.into())
     }
+}
+
+/// A machine to come: all that takes time to make is there, and nothing of it has a state yet.
+pub struct Blank {
+    board: Board,
+    vcpus: Vcpus,
+}
+
+impl Blank {
+    fn new(
+        board: Board,
+        config: &VmConfig,
+        report: impl Fn(GuestEvent) + Clone + Send + 'static,
+    ) -> Result<Self, BuildError> {
+        let mut fds = Vec::new();
+        for index in 0..config.cpus {
+            let fd = board.vm.create_vcpu(u64::from(index)).map_err(KvmError::refused("create a vCPU"))?;
+            board.cpuid.apply(index, &fd)?;
+            fds.push(fd);
+        }
+        let vcpus = board.spawn(fds, report)?;
+        Ok(Self { board, vcpus })
+    }
+}
+
+/// Gives each vCPU its state, the first one before the others, whose clocks follow it; and another identification, if it has to be.
+fn restore_vcpus(
+    vcpus: &Vcpus,
+    shape: &VcpuShape,
+    cpuid: Option<&CpuidTemplate>,
+    mut states: Vec<VcpuStateV1>,
+) -> Result<(), RestoreError> {
+    let others = states.split_off(1.min(states.len()));
+    let mut clock = ClockLeader::default();
+    for (first, states) in [(0, states), (1, others)] {
+        let (shape, cpuid, leader) = (shape.clone(), cpuid.cloned(), clock.clone());
+        let restored = vcpus.hand(first, states, move |fd, index, state| {
+            let mut clock = leader.clone();
+            if let Some(cpuid) = &cpuid {
+                cpuid.apply(index as u8, fd).map_err(BuildError::from)?;
+            }
+            let failed = |source| RestoreError::Vcpu { index, source };
+            shape.restore(fd, &state, &mut clock).map_err(failed)?;
+            // So that the guest's watchdogs know why so much time has passed. A guest without kvmclock has no way to be told.
+            let _ = fd.kvmclock_ctrl();
+            Ok::<_, RestoreError>(clock)
+        });
+        for (index, restored) in (first..).zip(restored) {
+            clock = restored.ok_or(RestoreError::Ended(index))??;
+        }
+    }
+    Ok(())
 }
 
 impl Machine {
@@ -159,7 +214,8 @@ impl Machine {
     ) -> Result<Self, E> {
         let board = Board::new(config, resources, report.clone()).map_err(RestoreError::from)?;
         let lazy = fill(&board.memory)?;
-        Ok(Self::revive(board, config, resources, sections, lazy, report)?)
+        let blank = Blank::new(board, config, report).map_err(RestoreError::from)?;
+        Ok(Self::revive(blank, config, resources, sections, lazy)?)
     }
 
     /// What becomes a child's machine, before it is known what that is: everything that takes time. `memory` is nobody's yet and is not
@@ -173,8 +229,9 @@ impl Machine {
         layout: Layout,
         memory: Memory,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
-    ) -> Result<Board, BuildError> {
-        Board::around(config, resources, layout, memory, report)
+    ) -> Result<Blank, BuildError> {
+        let board = Board::around(config, resources, layout, memory, report.clone())?;
+        Blank::new(board, config, report)
     }
 
     /// The child's machine, parked: `sections` are its source's at the fork point, and its memory answers.
@@ -182,13 +239,12 @@ impl Machine {
     /// # Errors
     /// As [`Machine::restore`].
     pub fn born(
-        board: Board,
+        blank: Blank,
         config: &VmConfig,
         resources: &Resources,
         sections: &mut Sections,
-        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Self, RestoreError> {
-        let mut machine = Self::revive(board, config, resources, sections, None, report)?;
+        let mut machine = Self::revive(blank, config, resources, sections, None)?;
         machine.forked = true;
         Ok(machine)
     }
@@ -199,14 +255,16 @@ impl Machine {
     }
 
     fn revive(
-        mut board: Board,
+        blank: Blank,
         config: &VmConfig,
         resources: &Resources,
         sections: &mut Sections,
         lazy: Option<LazyMemory>,
-        report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Self, RestoreError> {
+        let Blank { mut board, vcpus } = blank;
         let cpuid: CpuidStateV1 = sections.take(CPUID)?;
+        // Mostly what they have already: of a VM that was made on a host like this one.
+        let renamed = board.cpuid.save() != cpuid;
         board.cpuid = board.cpuid.restore(cpuid).map_err(BuildError::from)?;
         if !board.root.restore(&sections.take(PCI)?) {
             return Err(RestoreError::Bridge);
@@ -222,23 +280,13 @@ impl Machine {
             board.root.settle(slot);
             plugged.push(Plugged { slot, function });
         }
-        let shape = board.shape()?;
-        let (mut fds, mut clock) = (Vec::new(), ClockLeader::default());
-        for index in 0..config.cpus {
-            let fd = board.vm.create_vcpu(u64::from(index)).map_err(KvmError::refused("create a vCPU"))?;
-            board.cpuid.apply(index, &fd).map_err(BuildError::from)?;
-            let state: VcpuStateV1 = sections.take(&vcpu(index.into()))?;
-            let failed = |source| RestoreError::Vcpu { index: index.into(), source };
-            shape.restore(&fd, &state, &mut clock).map_err(failed)?;
-            // So that the guest's watchdogs know why so much time has passed. A guest without kvmclock has no way to be told.
-            let _ = fd.kvmclock_ctrl();
-            fds.push(fd);
-        }
+        let states = (0..config.cpus).map(|index| sections.take(&vcpu(index.into()))).collect::<Result<_, _>>()?;
+        restore_vcpus(&vcpus, &board.shape()?, renamed.then_some(&board.cpuid), states)?;
         sections.take::<KvmStateV1>(KVM)?.restore(&board.vm)?;
         board.serial.restore(&sections.take(SERIAL)?, board.interrupts.line(layout::COM1_IRQ))?;
         board.power.restore(&sections.take(POWER)?);
         let identity = Identity::inherited(&board.memory.ram, &board.power);
-        let machine = board.finish(fds, plugged, balloon, identity, lazy, report)?;
+        let machine = board.finish(vcpus, plugged, balloon, identity, lazy)?;
         machine.mark_disruption().map_err(io_error("the machine's identity"))?;
         for plugged in &machine.plugged {
             plugged.function.nudge();

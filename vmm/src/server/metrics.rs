@@ -112,7 +112,8 @@ fn vm(registry: &mut Registry, info: &VmInfo) {
     registry.register("vm", "The VM", Info::new(labels));
 
     let states = Family::<StateLabels, Gauge>::default();
-    for state in [VmState::Created, VmState::Running, VmState::Paused, VmState::Stopping, VmState::Stopped] {
+    use VmState::{Created, Paused, Running, Stopped, Stopping, Waiting};
+    for state in [Waiting, Created, Running, Paused, Stopping, Stopped] {
         states.get_or_create(&StateLabels { state: state.as_str() }).set(i64::from(state == info.state));
     }
     registry.register("vm_state", "1 for the state the VM is in", states);

@@ -8,9 +8,9 @@ use civic_api::{ErrorBody, ErrorCode, ForkRequest, ForkStages, MAX_CHILDREN, VmS
 use civic_fork::ram::Ram;
 
 use super::{Message, Supervisor, way_out};
+use crate::clock::monotonic;
 use crate::control::{Answer, Command, Reply};
 use crate::fork::family::Origin;
-use crate::fork::monotonic;
 use crate::fork::point::{Fork, Freezable, Pause, Paused};
 use crate::machine::{Machine, effective_mac};
 
