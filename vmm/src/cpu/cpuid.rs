@@ -1,7 +1,9 @@
 //! What the CPUID instruction tells the guest: KVM's supported table, made true for this machine.
 //!
 //! One socket, `cpus` cores, one thread each; a vCPU's APIC id is its index. No performance counters (their values would
-//! not survive a fork) and no MONITOR. KVM's paravirtual leaves stay: guests keep time by `kvm-clock`.
+//! not survive a fork) and no MONITOR. KVM's paravirtual leaves stay: guests keep time by `kvm-clock`. Of its features asynchronous page
+//! faults are left out: what a vCPU waits for then is KVM's alone, no state has it, and a fork is where pages are waited for. With them
+//! sources were corrupted or hung within some forks (Linux 6.12 on an emulated host), without them none was.
 //!
 //! Sources: Intel SDM 2A "CPUID", AMD APM 3 appendix E, Linux' Documentation/virt/kvm/x86/cpuid.rst.
 
@@ -226,6 +228,11 @@ fn describe_machine(entry: &mut kvm_cpuid_entry2, cpus: u8, tsc_deadline: bool, 
             if amd {
                 // CmpLegacy: the HTT bit means cores, not threads.
                 set(&mut entry.ecx, 1, cpus > 1);
+            }
+        }
+        0x4000_0001 => {
+            for async_pf in [4, 10, 14] {
+                set(&mut entry.eax, async_pf, false);
             }
         }
         0x8000_0008 => entry.ecx = if amd { core_bits(cpus) << 12 | (cores - 1) } else { 0 },
