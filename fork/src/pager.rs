@@ -752,6 +752,9 @@ impl Pager {
         if e.is_gone() {
             self.notices.push_back(Notice::Gone(id));
             self.forget(id);
+        } else if e.is_unwatched() {
+            // It is about to end and has unmapped its memory, which has woken who waited there.
+            return true;
         } else {
             let chain = std::iter::successors(Some(&e as &dyn std::error::Error), |e| e.source());
             let why = chain.map(|e| e.to_string()).collect::<Vec<_>>().join(": ");
