@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use civic_api::{ChildVm, ErrorBody, ErrorCode, Family as FamilyInfo, Parent};
@@ -63,8 +63,21 @@ struct Alive {
     generation: GenerationId,
 }
 
+/// A page server and what it serves.
+#[derive(Clone)]
+pub struct Serving {
+    /// Tells it from its predecessors.
+    number: u32,
+    /// The handle.
+    pub server: Arc<PageServer>,
+    /// The machine.
+    pub origin: Arc<Origin>,
+}
+
 /// What is frozen for a generation, besides memory.
 struct Frozen {
+    /// The page server's number.
+    server: u32,
     children: Vec<ChildId>,
     disks: Vec<DiskGeneration>,
 }
@@ -76,9 +89,15 @@ struct Inner {
     config: String,
     /// A page server that has connected and not begun.
     page_server: Option<Wire>,
-    server: Option<Arc<PageServer>>,
+    server: Option<Serving>,
     /// Those of machines that are no more, whose children live on.
-    former: Vec<Arc<PageServer>>,
+    former: Vec<Serving>,
+    /// How many there have been.
+    servers: u32,
+    /// Forks that are being made.
+    making: u32,
+    /// The page server has told that nothing is shared any more, and was not asked for anything since.
+    idle: bool,
     waiting: BTreeMap<String, Waiting>,
     children: BTreeMap<ChildId, Alive>,
     frozen: BTreeMap<GenerationId, Frozen>,
@@ -161,7 +180,7 @@ impl Family {
         match hello.role {
             Role::PageServer => {
                 let mut inner = self.inner();
-                if inner.page_server.is_none() && !inner.server.as_ref().is_some_and(|server| server.lives()) {
+                if inner.page_server.is_none() && !inner.serves() {
                     inner.page_server = Some(wire);
                     self.changed.notify_all();
                 }
@@ -214,7 +233,7 @@ impl Family {
     pub fn info(&self) -> FamilyInfo {
         let mut inner = self.inner();
         inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
-        let lives = inner.server.as_ref().is_some_and(|server| server.lives());
+        let lives = inner.serves();
         FamilyInfo {
             parent: self.parent.clone().map(|name| Parent { name, generation: inner.born_of }),
             children: inner
@@ -233,8 +252,8 @@ impl Family {
 
     /// What the page server counts, if there is one. Waits for it.
     pub fn counters(&self) -> Option<(Counters, Vec<(GenerationId, u32)>)> {
-        let server = self.inner().server.clone()?;
-        server.counters().ok()
+        let serving = self.inner().server.clone()?;
+        serving.server.counters().ok()
     }
 
     /// From now on this machine is forked; `config` is what its children are to be.
@@ -250,9 +269,10 @@ impl Family {
             let mut inner = self.inner();
             (inner.server.take(), std::mem::take(&mut inner.waiting), inner.origin.take())
         };
-        if let Some(server) = server.filter(|server| server.lives()) {
-            server.leave();
-            self.inner().former.push(server);
+        if let Some(serving) = server.filter(|serving| serving.server.lives()) {
+            // Listed first: it may have nobody left, and then tells so at once.
+            self.inner().former.push(serving.clone());
+            serving.server.leave();
         }
     }
 
@@ -267,28 +287,36 @@ impl Family {
         Ok(names.iter().filter_map(|name| inner.waiting.remove(name)).collect())
     }
 
+    /// A fork is being made as long as this is held: its page server stays, and so does what the guest gives back.
+    pub fn making(self: &Arc<Self>) -> Making {
+        self.inner().making += 1;
+        Making(Arc::clone(self))
+    }
+
     /// The page server, which serves this origin from now on if it did not before.
-    pub fn server(self: &Arc<Self>) -> Result<(Arc<PageServer>, Arc<Origin>), ErrorBody> {
+    pub fn server(self: &Arc<Self>) -> Result<Serving, ErrorBody> {
         let deadline = Instant::now() + PAGE_SERVER;
         let mut inner = self.inner();
         loop {
             let Some(origin) = inner.origin.clone() else {
                 return Err(ErrorBody::new(ErrorCode::ForkFailed, self.why_not()));
             };
-            if let Some(server) = inner.server.clone().filter(|server| server.lives()) {
-                return Ok((server, origin));
+            if let Some(serving) = inner.server.clone().filter(|serving| serving.server.lives()) {
+                return Ok(serving);
             }
             if let Some(wire) = inner.page_server.take() {
-                let needed = std::mem::take(&mut inner.needed);
+                inner.servers += 1;
+                let (number, needed) = (inner.servers, std::mem::take(&mut inner.needed));
                 drop(inner);
-                let server = self.begin(wire, &origin, needed).map_err(|e| {
+                let server = self.begin(wire, &origin, number, needed).map_err(|e| {
                     ErrorBody::from_error(ErrorCode::ForkFailed, &e)
                         .with_hint("'civic doctor' says what this host lacks")
                 })?;
+                let serving = Serving { number, server, origin };
                 let mut inner = self.inner();
-                inner.server = Some(Arc::clone(&server));
+                inner.server = Some(serving.clone());
                 inner.generations = inner.last;
-                return Ok((server, origin));
+                return Ok(serving);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -303,17 +331,27 @@ impl Family {
         self: &Arc<Self>,
         wire: Wire,
         origin: &Arc<Origin>,
+        number: u32,
         needed: Vec<(u32, u32)>,
     ) -> Result<Arc<PageServer>, SourceError> {
         let limit = u32::try_from(origin.ram.bytes() / PAGE as u64).unwrap_or(u32::MAX);
         let (family, keeper) = (Arc::downgrade(self), origin.keeper.clone());
-        let event = move |event| heed(&family, &keeper, event);
+        let event = move |event| {
+            if let Some(family) = family.upgrade() {
+                family.heed(number, &keeper, event);
+            }
+        };
         PageServer::begin(wire, Arc::clone(&origin.ram), limit, needed, patience(), event).map(Arc::new)
     }
 
+    /// The page server has done all that it was asked before: what it tells from now on is of now.
+    pub fn armed(&self) {
+        self.inner().idle = false;
+    }
+
     /// Whether this is the page server of the present machine.
-    pub fn serves(&self, server: &Arc<PageServer>) -> bool {
-        self.inner().server.as_ref().is_some_and(|present| Arc::ptr_eq(present, server))
+    pub fn serves(&self, serving: &Serving) -> bool {
+        self.inner().server.as_ref().is_some_and(|present| present.number == serving.number)
     }
 
     /// A number for a child.
@@ -344,10 +382,16 @@ impl Family {
         thaw_unused(&inner);
     }
 
-    /// A fork point: `disks` stay frozen as long as one of `children` lives.
-    pub fn freeze(&self, generation: GenerationId, children: Vec<ChildId>, disks: Vec<DiskGeneration>) {
+    /// A fork point, kept by `serving`: `disks` stay frozen as long as one of `children` lives.
+    pub fn freeze(
+        &self,
+        serving: &Serving,
+        generation: GenerationId,
+        children: Vec<ChildId>,
+        disks: Vec<DiskGeneration>,
+    ) {
         let mut inner = self.inner();
-        inner.frozen.insert(generation, Frozen { children, disks });
+        inner.frozen.insert(generation, Frozen { server: serving.number, children, disks });
         inner.pins -= 1;
     }
 
@@ -384,7 +428,7 @@ impl Family {
                 let inner = family.inner();
                 let lost = inner.frozen.values().filter(|frozen| frozen.disks.iter().any(|disk| disk.lost().is_some()));
                 (
-                    inner.server.iter().chain(&inner.former).cloned().collect(),
+                    inner.server.iter().chain(&inner.former).map(|serving| Arc::clone(&serving.server)).collect(),
                     lost.flat_map(|frozen| frozen.children.clone()).collect(),
                 )
             };
@@ -411,43 +455,86 @@ fn thaw_unused(inner: &Inner) {
     }
 }
 
-/// Takes note of what a page server says.
-fn heed(family: &Weak<Family>, keeper: &Keeper, event: Event) {
-    let Some(family) = family.upgrade() else { return };
-    match event {
-        Event::Notice(Notice::Gone(child)) => family.remove(child),
-        Event::Notice(Notice::Lost(child, why)) => info!(child, "a child is lost: {why}"),
-        Event::Notice(Notice::SourceGone) => {}
-        Event::Notice(Notice::Idle { needed }) => {
-            family.inner().needed = needed;
-            keeper.keep(false);
-            family.retire();
-        }
-        Event::Ended(why) => {
-            warn!("the page server has ended: {why}; all children with it, this VM goes on");
-            keeper.keep(false);
-            let children: Vec<_> = {
-                let mut inner = family.inner();
-                inner.server = None;
-                inner.frozen.values().flat_map(|frozen| frozen.children.clone()).collect()
-            };
-            children.into_iter().for_each(|child| family.remove(child));
-        }
+impl Inner {
+    /// Whether there is a page server that lives.
+    fn serves(&self) -> bool {
+        self.server.as_ref().is_some_and(|serving| serving.server.lives())
+    }
+}
+
+/// See [`Family::making`].
+pub struct Making(Arc<Family>);
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.0.inner().making -= 1;
+        self.0.settle();
     }
 }
 
 impl Family {
-    /// Lets the page server go that has nothing to do, unless somebody waits to be forked.
-    fn retire(self: &Arc<Self>) {
-        let mut inner = self.inner();
-        if !inner.waiting.is_empty() {
-            return;
+    /// Takes note of what the page server of this number says. `keeper` is its machine's.
+    fn heed(self: &Arc<Self>, number: u32, keeper: &Keeper, event: Event) {
+        match event {
+            Event::Notice(Notice::Gone(child)) => self.remove(child),
+            Event::Notice(Notice::Lost(child, why)) => info!(child, "a child is lost: {why}"),
+            Event::Notice(Notice::SourceGone) => {}
+            Event::Notice(Notice::Idle { needed }) => {
+                let former = {
+                    let mut inner = self.inner();
+                    let former = inner.former.iter().position(|serving| serving.number == number);
+                    if former.is_none() {
+                        (inner.needed, inner.idle) = (needed, true);
+                    }
+                    former.map(|at| inner.former.swap_remove(at))
+                };
+                dismiss(former);
+                self.settle();
+            }
+            Event::Ended(why) => {
+                warn!("the page server has ended: {why}; all children with it, this VM goes on");
+                keeper.keep(false);
+                let (children, ended): (Vec<_>, Vec<_>) = {
+                    let mut inner = self.inner();
+                    let of_it = inner.frozen.values().filter(|frozen| frozen.server == number);
+                    let children = of_it.flat_map(|frozen| frozen.children.clone()).collect();
+                    let present = inner.server.take_if(|serving| serving.number == number);
+                    let former = inner.former.extract_if(.., |serving| serving.number == number);
+                    (children, former.chain(present).collect())
+                };
+                dismiss(ended);
+                children.into_iter().for_each(|child| self.remove(child));
+            }
         }
-        let server = inner.server.take();
-        drop(inner);
-        // Not here: this is its own thread, which the drop waits for.
-        if let Some(server) = server {
-            let _ = std::thread::Builder::new().name("fork-retire".into()).spawn(move || drop(server));
+    }
+
+    /// Once nothing is shared and nobody is making a fork, what the guest gives back is given back, and the page server goes, unless
+    /// somebody waits to be forked.
+    fn settle(&self) {
+        let retired = {
+            let mut inner = self.inner();
+            if inner.making > 0 || !inner.idle {
+                return;
+            }
+            if let Some(serving) = &inner.server {
+                serving.origin.keeper.keep(false);
+            }
+            inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
+            if inner.waiting.is_empty() { inner.server.take() } else { None }
+        };
+        dismiss(retired);
+    }
+}
+
+/// Lets page servers go: in a thread of its own, since dropping one waits for the thread that tells of it.
+fn dismiss(servers: impl IntoIterator<Item = Serving>) {
+    let servers: Vec<_> = servers.into_iter().collect();
+    if !servers.is_empty() {
+        // Refused, the closure and with it the servers would be dropped here: that waits for this thread itself.
+        let kept = std::mem::ManuallyDrop::new(servers);
+        let go = move || drop(std::mem::ManuallyDrop::into_inner(kept));
+        if let Err(e) = std::thread::Builder::new().name("fork-retire".into()).spawn(go) {
+            warn!("a page server that is not needed any more stays: {e}");
         }
     }
 }

@@ -24,7 +24,7 @@ use civic_fork::source::PageServer;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::info;
 
-use super::family::{Family, Waiting};
+use super::family::{Family, Serving, Waiting};
 use super::{Go, ToChild, ToSource};
 use crate::clock::monotonic;
 use crate::state::Sections;
@@ -117,7 +117,7 @@ impl Freezable {
 /// What the supervisor is asked for: the pause.
 pub struct Pause {
     /// The page server, armed.
-    pub server: Arc<PageServer>,
+    pub serving: Serving,
     /// The children to come.
     pub children: Vec<ChildId>,
     /// The disks.
@@ -167,8 +167,10 @@ impl Fork {
     ) -> Result<ForkReport, ErrorBody> {
         let Self { request, begun, family, disks } = self;
         let started = Instant::now();
+        let _making = family.making();
         let waiting = family.take_waiting(&request.children)?;
-        let (server, origin) = family.server()?;
+        let serving = family.server()?;
+        let Serving { server, origin, .. } = &serving;
         let failed = |e: &(dyn std::error::Error + 'static)| ErrorBody::from_error(ErrorCode::ForkFailed, e);
         let mut children = Vec::new();
         for (name, Waiting { link, uffd, mappings, lifeline }) in request.children.iter().zip(waiting) {
@@ -188,8 +190,9 @@ impl Fork {
         // From now on pages stay that the guest gives back: children will want them.
         origin.keeper.keep(true);
         let armed = server.arm().map_err(|e| give_up(failed(&e)))?;
+        family.armed();
         let arm_us = micros(arming);
-        let asked = Pause { server: Arc::clone(&server), children: ids.clone(), disks: Arc::clone(&disks) };
+        let asked = Pause { serving: serving.clone(), children: ids.clone(), disks: Arc::clone(&disks) };
         let gone = || ErrorBody::new(ErrorCode::ForkFailed, "the VM has ended");
         let paused = pause(asked).recv().unwrap_or_else(|_| Err(gone())).map_err(give_up)?;
         let born = Instant::now();
@@ -197,9 +200,9 @@ impl Fork {
         let numbered = family.numbered(generation);
         let go = Go { generation: numbered, paused: request.paused, boots, run };
         let sent = hand_over(&children, &sections, &go, &disks, &frozen);
-        family.freeze(numbered, ids, frozen.into_iter().flatten().collect());
+        family.freeze(&serving, numbered, ids, frozen.into_iter().flatten().collect());
         if let Err(e) = sent {
-            children.iter().for_each(|(id, ..)| lose(&family, &server, *id));
+            children.iter().for_each(|(id, ..)| lose(&family, server, *id));
             return Err(ErrorBody::new(ErrorCode::ForkFailed, format!("the state cannot be handed over: {e}")));
         }
         let (mut lives, mut dead) = (Vec::new(), Vec::new());
@@ -216,7 +219,7 @@ impl Fork {
                         Ok(_) => "it says something else than that it lives".into(),
                         Err(e) => e.to_string(),
                     };
-                    lose(&family, &server, id);
+                    lose(&family, server, id);
                     dead.push(FailedVm { name, message });
                 }
             }

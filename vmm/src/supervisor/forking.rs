@@ -118,7 +118,7 @@ impl Supervisor {
         let gone = || ErrorBody::new(ErrorCode::ForkFailed, "the VM has ended or reset");
         let machine = self.machine.as_ref().ok_or_else(gone)?;
         // A page server of a machine that has reset meanwhile watches nothing any more.
-        if !self.shared.family.serves(&pause.server) {
+        if !self.shared.family.serves(&pause.serving) {
             return Err(gone());
         }
         let running = self.shared.status().state != VmState::Paused;
@@ -139,7 +139,7 @@ impl Supervisor {
             let disks = disks?;
             stages.disks_us = micros(from);
             let from = Instant::now();
-            let generation = pause.server.freeze(pause.children.clone());
+            let generation = pause.serving.server.freeze(pause.children.clone());
             let generation = generation.map_err(|e| ErrorBody::from_error(ErrorCode::ForkFailed, &e))?;
             stages.freeze_us = micros(from);
             Ok((sections, disks, generation))
