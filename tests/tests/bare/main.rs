@@ -11,4 +11,5 @@ mod memory;
 mod pausing;
 mod refusals;
 mod saving;
+mod torn;
 mod virtio;

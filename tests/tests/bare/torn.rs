@@ -1,0 +1,91 @@
+//! Nothing torn, nothing lost: every CPU counts in each page of its part of memory, and sees at once if a page is not as it left it.
+//!
+//! In a source that is what is lost or comes from a child; in a child, what is torn or comes from the source's future.
+
+use civic_tests::bare::program::{COM1, pvh};
+use civic_tests::bare::vm::{Setup, Vm};
+use iced_x86::code_asm::*;
+
+/// Where the parts begin, and how long each is.
+const PARTS: u32 = 4 << 20;
+const PART: u32 = 2 << 20;
+const CPUS: u8 = 4;
+
+/// Prints a CPU's number whenever it has been through its part, and `bad=` when it found something else than it wrote.
+fn counting() -> Vec<u8> {
+    pvh(|asm| {
+        let (mut all, mut round, mut page, mut wrong) =
+            (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
+        asm.start_others(all)?;
+        asm.xor(ebx, ebx)?;
+        asm.set_label(&mut all)?;
+        asm.xor(ebp, ebp)?;
+        asm.set_label(&mut round)?;
+        asm.mov(edi, ebx)?;
+        asm.imul_3(edi, edi, PART as i32)?;
+        asm.add(edi, PARTS as i32)?;
+        asm.mov(ecx, PART / 4096)?;
+        asm.set_label(&mut page)?;
+        // One word is read before it is written, one is written at once: a child's first touch is either.
+        asm.lea(eax, ebp + 1)?;
+        asm.mov(dword_ptr(edi + 0xff8), eax)?;
+        for at in [0, 0x7f8] {
+            asm.cmp(dword_ptr(edi + at), ebp)?;
+            asm.jne(wrong)?;
+            asm.mov(dword_ptr(edi + at), eax)?;
+        }
+        asm.add(edi, 4096)?;
+        asm.dec(ecx)?;
+        asm.jne(page)?;
+        asm.inc(ebp)?;
+        asm.mov(eax, ebx)?;
+        asm.add(eax, i32::from(b'0'))?;
+        asm.mov(edx, u32::from(COM1))?;
+        asm.out(dx, al)?;
+        asm.jmp(round)?;
+        asm.set_label(&mut wrong)?;
+        asm.mov(eax, dword_ptr(edi))?;
+        asm.print_value("bad")?;
+        asm.mov(eax, dword_ptr(edi + 0x7f8))?;
+        asm.print_value("and")?;
+        asm.mov(eax, ebp)?;
+        asm.print_value("for")?;
+        asm.mov(eax, edi)?;
+        asm.print_value("at")?;
+        asm.spin()
+    })
+}
+
+/// Waits until every CPU has been through its part so many times more.
+fn rounds(vm: &mut Vm, more: usize) {
+    let mut seen = [0; CPUS as usize];
+    while seen.iter().any(|count| *count < more) {
+        let byte = vm.take(1)[0];
+        match byte.wrapping_sub(b'0') {
+            cpu if cpu < CPUS => seen[usize::from(cpu)] += 1,
+            _ => {
+                let more = vm.expect("at=");
+                let at = vm.expect("\n");
+                vm.fail(&format!("memory is not what it was: {}{more}{at}", char::from(byte)));
+            }
+        }
+    }
+}
+
+#[test]
+fn source_and_children_find_what_they_wrote() {
+    let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
+    let mut source = Setup::new(&counting()).cpus(CPUS).boot();
+    rounds(&mut source, 2);
+    for n in 0..forks {
+        let (report, mut children) = source.fork(vec![source.waiting(&format!("child{n}"))], false);
+        for _ in 0..3 {
+            rounds(&mut children[0], 1);
+            rounds(&mut source, 1);
+        }
+        println!("{n}: {:?}", report.stages);
+        children[0].kill();
+        assert!(children[0].ended().success());
+    }
+    rounds(&mut source, 2);
+}
