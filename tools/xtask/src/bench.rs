@@ -4,6 +4,7 @@
 //!  cargo xtask bench ── set-up, release build ──► xtask bench-host      where guests run: here, or in the testbed
 //!                                                  ├── boot             process start to user space; the monitor's own memory
 //!                                                  └── io               disks, network, vsock
+//!                                   └► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
 //! ```
 //!
 //! The half on the KVM host measures, prints the table and writes the rows as JSON; its status says whether the promises hold.
@@ -34,7 +35,7 @@ use civic_testbed::{apt, cache, client, setup as testbed_setup};
 
 use crate::place::{Job, Place};
 use crate::setup;
-use crate::test::cargo;
+use crate::test::{cargo, program};
 use clock::{Clock, Ticker};
 use machine::Tools;
 use report::Report;
@@ -51,7 +52,9 @@ pub enum What {
     Boot,
     /// Disks, network and vsock.
     Io,
-    /// Both.
+    /// Forks of bare-metal guests: pause, first instruction, many children, memory, writes of the source.
+    Fork,
+    /// `boot` and `io`.
     All,
 }
 
@@ -127,6 +130,9 @@ pub struct HostArgs {
 /// Measures where guests can run; whether all promises hold.
 pub fn run(args: &Args) -> Result<bool> {
     setup::all()?;
+    if args.what == What::Fork {
+        return fork(args);
+    }
     apt::install(&PACKAGES)?;
     let qemu = testbed_setup::parts()?.qemu;
     ensure!(cargo(&["build", "--quiet", "--release", "-p", "civic", "-p", "civic-vmm"], &[])?, "cannot build civic");
@@ -158,6 +164,26 @@ pub fn run(args: &Args) -> Result<bool> {
     held
 }
 
+/// The bench of forks is a program of its own, which needs no stock kernel.
+fn fork(args: &Args) -> Result<bool> {
+    ensure!(cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])?, "cannot build civic");
+    let program = program("bench", "fork", &["bench"])?;
+    let (place, why) = if args.testbed { (Place::Testbed, "--testbed") } else { Place::for_bare() };
+    let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
+    println!("== the bench runs {at}: {why}");
+    let folder = client::workspace()?.join("target");
+    fs::create_dir_all(&folder)?;
+    let json = folder.join(format!("bench-{}.json", std::process::id()));
+    let mut options = vec!["--json".to_owned(), json.display().to_string()];
+    options.extend(args.quick.then(|| "--quick".to_owned()));
+    let held = Job { program: &program, args: &options, root_image: false, timeout: TIMEOUT }.run(place);
+    if let (Some(to), true) = (&args.json, json.exists()) {
+        fs::copy(&json, to).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    cache::remove(&json)?;
+    held
+}
+
 fn in_path(program: &std::path::Path) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut found = std::env::split_paths(&path).map(|dir| dir.join(program)).filter(|p| p.is_file());
@@ -169,6 +195,7 @@ pub fn host(args: &HostArgs) -> Result<bool> {
     let tools = Tools::new(&args.qemu, &args.qemu_data)?;
     let clock = Clock::new(args.clock.clone());
     let mut report = Report::new(facts::gather(&tools)?);
+    ensure!(args.what != What::Fork, "the bench of forks is another program");
     if args.what != What::Io {
         boot::run(&tools, &clock, args.quick, &mut report)?;
     }

@@ -162,26 +162,22 @@ pub fn cargo(args: &[&str], more: &[String]) -> Result<bool> {
 
 /// Builds an integration test target and returns its program.
 fn test_program(target: &str) -> Result<PathBuf> {
+    program("test", target, &["test", "--release"])
+}
+
+/// Builds a target of `civic-tests`, of this kind, by `command`, and returns its program.
+pub fn program(kind: &str, target: &str, command: &[&str]) -> Result<PathBuf> {
     let out = Command::new("cargo")
-        .args([
-            "test",
-            "--quiet",
-            "--release",
-            "-p",
-            "civic-tests",
-            "--test",
-            target,
-            "--no-run",
-            "--message-format=json",
-        ])
+        .args(command)
+        .args(["--quiet", "-p", "civic-tests", &format!("--{kind}"), target, "--no-run", "--message-format=json"])
         .stderr(Stdio::inherit())
         .output()?;
-    ensure!(out.status.success(), "cannot build the test target {target}");
+    ensure!(out.status.success(), "cannot build the {kind} target {target}");
     let text = String::from_utf8(out.stdout)?;
     let mut programs = text.lines().filter_map(|l| {
         let message: serde_json::Value = serde_json::from_str(l).ok()?;
-        let ours = message["target"]["name"] == target && message["profile"]["test"] == true;
+        let ours = message["target"]["name"] == target && message["target"]["kind"][0] == kind;
         ours.then(|| message["executable"].as_str().map(PathBuf::from)).flatten()
     });
-    programs.next_back().with_context(|| format!("cargo names no program for the test target {target}"))
+    programs.next_back().with_context(|| format!("cargo names no program for the {kind} target {target}"))
 }
