@@ -1,0 +1,131 @@
+//! Guests forked while they work: what goes on in the source must not notice, and goes on in the child too.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use civic_tests::linux::{Spec, Vm};
+
+use super::{CLOCK, COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress};
+
+/// Forks a guest again and again while it writes its disk, watches its clock and holds a TCP connection. Its jobs run on in the child too,
+/// and both check what they read.
+pub fn tiny(mut spec: Spec, rounds: u32) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    spec.more = vec!["--disk".into(), scratch(dir.path())?];
+    let mut vm = Vm::start(&spec)?;
+    vm.sh("dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null; nc -ll -p 7000 -e /bin/cat & true")?;
+    vm.sh(&format!("({CLOCK}) & true"))?;
+    // The second megabyte from the end is the children's.
+    vm.sh("dd if=/tmp/data of=/dev/vda bs=64k seek=992 conv=fsync 2>/dev/null")?;
+    vm.sh(
+        "(n=0; while :; do dd if=/tmp/data of=/dev/vda bs=64k seek=$((n % 60 * 16)) conv=fsync 2>/dev/null || echo write $n >> /tmp/disk.bad; \
+         echo 3 > /proc/sys/vm/drop_caches; \
+         dd if=/dev/vda bs=64k skip=$((n % 60 * 16)) count=16 2>/dev/null | cmp -s - /tmp/data || echo read $n >> /tmp/disk.bad; \
+         n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
+    )?;
+    let echo = Echo::start((vm.tap.guest, 7000))?;
+    let kept =
+        "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vda bs=64k skip=992 count=16 2>/dev/null | cmp - /tmp/data";
+    for round in 0..rounds {
+        let (mut child, report) = fork_round(&mut vm, round).with_context(|| format!("round {round}"))?;
+        // What the child does to memory and disk stays in it.
+        child
+            .sh("echo mine > /tmp/mine; dd if=/dev/zero of=/dev/vda bs=64k seek=992 count=16 conv=fsync 2>/dev/null")?;
+        ensure!(vm.sh("ls /tmp/mine 2>/dev/null || true")?.is_empty(), "the source has the child's file");
+        vm.sh(kept).context("the child's writes are on the source's disk")?;
+        ensure!(child.sh(kept).is_err(), "the child's disk does not keep what it wrote");
+        check_saved(&mut child, &spec).with_context(|| format!("the child of round {round}"))?;
+        child.kill()?;
+        eprintln!("{:?}", report.stages);
+    }
+    let lines = echo.finish()?;
+    ensure!(lines > rounds, "only {lines} lines went through the connection in {rounds} rounds");
+    let bad = vm.sh("cat /tmp/clock.bad /tmp/disk.bad 2>/dev/null || true")?;
+    ensure!(bad.is_empty(), "in the source went wrong:\n{bad}");
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+/// Forks the guest; its jobs make progress in both from then on.
+fn fork_round(vm: &mut Vm, round: u32) -> Result<(Vm, civic_api::ForkReport)> {
+    let (mut child, report) = vm.fork(&format!("child{round}"))?;
+    for vm in [vm, &mut child] {
+        let before = vm.sh(COUNTS)?;
+        progress(vm, &before)?;
+    }
+    Ok((child, report))
+}
+
+/// [`tiny`] with systemd, a file system on the disk, and nginx keeping a connection with the source.
+pub fn debian(spec: &Spec, rounds: u32) -> Result<()> {
+    let _alone = ROOT_IMAGE.lock().unwrap_or_else(|e| e.into_inner());
+    let mut vm = Vm::start(spec)?;
+    vm.sh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain")?;
+    vm.sh(&format!("({CLOCK}) & true"))?;
+    vm.sh("dd if=/dev/urandom of=/root/data bs=64k count=32 status=none")?;
+    vm.sh(
+        "(n=0; while :; do cp /root/data /root/copy; sync /root/copy; echo 3 > /proc/sys/vm/drop_caches; \
+         cmp -s /root/data /root/copy || echo copy $n >> /tmp/disk.bad; n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
+    )?;
+    let mut nginx = KeptConnection::open(vm.tap.guest)?;
+    nginx.get()?;
+    for round in 0..rounds {
+        let (mut child, report) = fork_round(&mut vm, round).with_context(|| format!("round {round}"))?;
+        nginx.get().with_context(|| format!("nginx after round {round}"))?;
+        let page = child.sh("curl -sS http://127.0.0.1/")?;
+        ensure!(page.contains("nginx in a Civic guest"), "the child's nginx serves {page:?}");
+        check_saved(&mut child, spec).with_context(|| format!("the child of round {round}"))?;
+        child.kill()?;
+        eprintln!("{:?}", report.stages);
+    }
+    let bad = vm.sh("cat /tmp/clock.bad /tmp/disk.bad 2>/dev/null || true")?;
+    ensure!(bad.is_empty(), "in the source went wrong:\n{bad}");
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+/// Forks a guest whose vCPUs are all busy with the disk, again and again; each child does the same work for a moment. It was here that
+/// sources were corrupted while guests were offered asynchronous page faults.
+pub fn often(mut spec: Spec, rounds: u32) -> Result<()> {
+    const JOBS: u32 = 3;
+    let dir = tempfile::tempdir()?;
+    spec.more = vec!["--disk".into(), scratch(dir.path())?];
+    let mut vm = Vm::start(&spec)?;
+    vm.sh("dd if=/dev/urandom of=/tmp/data bs=64k count=8 2>/dev/null")?;
+    for job in 0..JOBS {
+        let (first, sectors) = (job * 300, job * 300 * 16);
+        vm.sh(&format!(
+            "(n=0; while :; do \
+             dd if=/tmp/data of=/dev/vda bs=64k seek=$(({first} + n % 30 * 8)) conv=fsync 2>/dev/null || echo write $n >> /tmp/disk.bad; \
+             echo 3 > /proc/sys/vm/drop_caches; \
+             dd if=/dev/vda bs=4k skip=$(({sectors} + n % 30 * 128)) count=128 2>/dev/null | cmp -s - /tmp/data || echo read $n >> /tmp/disk.bad; \
+             n=$((n + 1)); echo $n > /tmp/disk.now{job}; done) & true"
+        ))?;
+    }
+    for round in 0..rounds {
+        let (child, report) = vm.fork(&format!("child{round}")).with_context(|| format!("round {round}"))?;
+        eprintln!("{round} {:?}", report.stages);
+        // It works until then: there is nothing to wait for.
+        std::thread::sleep(Duration::from_millis(1500));
+        child.kill()?;
+        if round % 5 == 0 {
+            let counts = "cat /tmp/disk.now*";
+            let before = vm.sh(counts)?;
+            let further = format!("until [ \"$({counts})\" != '{before}' ]; do sleep 1; done");
+            vm.sh(&further).with_context(|| format!("the guest stands still in round {round}"))?;
+        }
+    }
+    let bad = vm.sh("cat /tmp/disk.bad 2>/dev/null || true")?;
+    ensure!(bad.is_empty(), "in the source went wrong:\n{bad}");
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+/// An empty disk image in `dir`: the value for `--disk`.
+fn scratch(dir: &Path) -> Result<String> {
+    let path = dir.join("scratch.img");
+    File::create(&path)?.set_len(SCRATCH_BYTES)?;
+    Ok(format!("path={},id=scratch", path.display()))
+}
