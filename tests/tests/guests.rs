@@ -312,13 +312,8 @@ fn check_saved(vm: &mut Vm, spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// [`saved_tiny`] with systemd, a file system on the disk, nginx keeping a connection, and vsock connections, which are reset.
-fn saved_debian(spec: &Spec, rounds: u32) -> Result<()> {
-    let _alone = ROOT_IMAGE.lock().unwrap_or_else(|e| e.into_inner());
-    let dir = tempfile::tempdir()?;
-    let uds = dir.path().join("vsock");
-    let vsock = ["--vsock".to_owned(), format!("uds={}", uds.display())];
-    let mut vm = Vm::start(&Spec { more: [&spec.more[..], &vsock].concat(), ..spec.clone() })?;
+/// Gives Debian, once it has booted, the jobs that [`COUNTS`] counts: its clock, and a file that is copied and compared.
+fn work(vm: &mut Vm) -> Result<()> {
     vm.sh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain")?;
     vm.sh(&format!("({CLOCK}) & true"))?;
     vm.sh("dd if=/dev/urandom of=/root/data bs=64k count=32 status=none")?;
@@ -326,6 +321,17 @@ fn saved_debian(spec: &Spec, rounds: u32) -> Result<()> {
         "(n=0; while :; do cp /root/data /root/copy; sync /root/copy; echo 3 > /proc/sys/vm/drop_caches; \
          cmp -s /root/data /root/copy || echo copy $n >> /tmp/disk.bad; n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
     )?;
+    Ok(())
+}
+
+/// [`saved_tiny`] with systemd, a file system on the disk, nginx keeping a connection, and vsock connections, which are reset.
+fn saved_debian(spec: &Spec, rounds: u32) -> Result<()> {
+    let _alone = ROOT_IMAGE.lock().unwrap_or_else(|e| e.into_inner());
+    let dir = tempfile::tempdir()?;
+    let uds = dir.path().join("vsock");
+    let vsock = ["--vsock".to_owned(), format!("uds={}", uds.display())];
+    let mut vm = Vm::start(&Spec { more: [&spec.more[..], &vsock].concat(), ..spec.clone() })?;
+    work(&mut vm)?;
     let mut nginx = KeptConnection::open(vm.tap.guest)?;
     nginx.get()?;
     let server = UnixListener::bind(format!("{}_{VSOCK_PORT}", uds.display()))?;

@@ -210,14 +210,8 @@ impl Setup {
     pub fn dies(&self, text: &str) -> (ExitStatus, String) {
         let (mut child, launch, log) = self.spawn(&self.write_config(text));
         assert!(matches!(launch, Launch::Ready { .. }), "{launch:?}; the log:\n{}", read(&log));
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = child.0.try_wait().expect("the monitor is our child") {
-                return (status, read(&log));
-            }
-            assert!(Instant::now() < deadline, "the monitor does not end; its log:\n{}", read(&log));
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let status = child.ends_by(Instant::now() + PATIENCE);
+        (status.unwrap_or_else(|| panic!("the monitor does not end; its log:\n{}", read(&log))), read(&log))
     }
 
     /// Starts the monitor, which must refuse: the error, after exit status 1 and nothing left behind.
@@ -261,6 +255,19 @@ fn read(path: &Path) -> String {
 
 /// A monitor's process, which does not outlive the test, however that ends.
 struct Process(Child);
+
+impl Process {
+    /// Waits for it to end: its status, or none at the deadline.
+    fn ends_by(&mut self, deadline: Instant) -> Option<ExitStatus> {
+        loop {
+            let status = self.0.try_wait().expect("the monitor is our child");
+            if status.is_some() || Instant::now() > deadline {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -320,15 +327,10 @@ impl Waiting {
 
     /// Waits for the monitor to end by itself: its exit status.
     pub fn ended(mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.0.try_wait().expect("the monitor is our child") {
-                assert!(!self.setup.dir().exists(), "its directory is left; the log:\n{}", read(&self.log));
-                return status;
-            }
-            assert!(Instant::now() < deadline, "the monitor does not end; its log:\n{}", read(&self.log));
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let status = self.child.ends_by(Instant::now() + PATIENCE);
+        let status = status.unwrap_or_else(|| panic!("the monitor does not end; its log:\n{}", read(&self.log)));
+        assert!(!self.setup.dir().exists(), "its directory is left; the log:\n{}", read(&self.log));
+        status
     }
 }
 
@@ -589,15 +591,7 @@ impl Vm {
     }
 
     fn wait_end(&mut self) -> ExitStatus {
-        loop {
-            if let Some(status) = self.child.0.try_wait().expect("the monitor is our child") {
-                return status;
-            }
-            if Instant::now() > self.deadline {
-                self.fail("the monitor does not end");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        self.child.ends_by(self.deadline).unwrap_or_else(|| self.fail("the monitor does not end"))
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use civic_tests::linux::{Spec, Vm};
 
-use super::{CLOCK, COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress};
+use super::{CLOCK, COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress, work};
 
 /// Forks a guest again and again while it writes its disk, watches its clock and holds a TCP connection. Its jobs run on in the child too,
 /// and both check what they read.
@@ -62,13 +62,7 @@ fn fork_round(vm: &mut Vm, round: u32) -> Result<(Vm, civic_api::ForkReport)> {
 pub fn debian(spec: &Spec, rounds: u32) -> Result<()> {
     let _alone = ROOT_IMAGE.lock().unwrap_or_else(|e| e.into_inner());
     let mut vm = Vm::start(spec)?;
-    vm.sh("systemctl is-system-running --wait || systemctl --failed --no-legend --plain")?;
-    vm.sh(&format!("({CLOCK}) & true"))?;
-    vm.sh("dd if=/dev/urandom of=/root/data bs=64k count=32 status=none")?;
-    vm.sh(
-        "(n=0; while :; do cp /root/data /root/copy; sync /root/copy; echo 3 > /proc/sys/vm/drop_caches; \
-         cmp -s /root/data /root/copy || echo copy $n >> /tmp/disk.bad; n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
-    )?;
+    work(&mut vm)?;
     let mut nginx = KeptConnection::open(vm.tap.guest)?;
     nginx.get()?;
     for round in 0..rounds {
