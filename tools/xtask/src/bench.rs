@@ -28,7 +28,7 @@ mod stats;
 mod vsock;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use civic_testbed::{apt, cache, client, setup as testbed_setup};
@@ -136,47 +136,52 @@ pub fn run(args: &Args) -> Result<bool> {
     apt::install(&PACKAGES)?;
     let qemu = testbed_setup::parts()?.qemu;
     ensure!(cargo(&["build", "--quiet", "--release", "-p", "civic", "-p", "civic-vmm"], &[])?, "cannot build civic");
-    let (place, why) = if args.testbed { (Place::Testbed, "--testbed") } else { Place::for_guests() };
-    let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
-    println!("== the bench runs {at}: {why}");
-    // The workspace is what both this machine and the testbed write to.
-    let folder = client::workspace()?.join("target");
-    fs::create_dir_all(&folder)?;
-    let json = folder.join(format!("bench-{}.json", std::process::id()));
-    let mut host = vec!["bench-host".to_owned()];
-    host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
-    host.extend(args.quick.then(|| "--quick".to_owned()));
-    host.extend(args.choice.options());
-    host.push(format!("--json={}", json.display()));
-    let clock = (place == Place::Testbed)
-        .then(|| Ticker::start(folder.join(format!("bench-{}.clock", std::process::id()))))
-        .transpose()?;
-    host.extend(clock.as_ref().map(|c| format!("--clock={}", c.path.display())));
-    let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
-    host.push(format!("--qemu={}", program.display()));
-    host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
-    let myself = std::env::current_exe()?;
-    let held = Job { program: &myself, args: &host, root_image: args.what != What::Boot, timeout: TIMEOUT }.run(place);
-    if let (Some(to), true) = (&args.json, json.exists()) {
-        fs::copy(&json, to).with_context(|| format!("cannot write {}", to.display()))?;
-    }
-    cache::remove(&json)?;
-    held
+    let place = settle(args, Place::for_guests);
+    with_rows(args, |folder, json| {
+        let mut host = vec!["bench-host".to_owned()];
+        host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
+        host.extend(args.quick.then(|| "--quick".to_owned()));
+        host.extend(args.choice.options());
+        host.push(format!("--json={}", json.display()));
+        let clock = (place == Place::Testbed)
+            .then(|| Ticker::start(folder.join(format!("bench-{}.clock", std::process::id()))))
+            .transpose()?;
+        host.extend(clock.as_ref().map(|c| format!("--clock={}", c.path.display())));
+        let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
+        host.push(format!("--qemu={}", program.display()));
+        host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
+        let myself = std::env::current_exe()?;
+        Job { program: &myself, args: &host, root_image: args.what != What::Boot, timeout: TIMEOUT }.run(place)
+    })
 }
 
 /// The bench of forks is a program of its own, which needs no stock kernel.
 fn fork(args: &Args) -> Result<bool> {
     ensure!(cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])?, "cannot build civic");
     let program = program("bench", "fork", &["bench"])?;
-    let (place, why) = if args.testbed { (Place::Testbed, "--testbed") } else { Place::for_bare() };
+    let place = settle(args, Place::for_bare);
+    with_rows(args, |_, json| {
+        let mut options = vec!["--json".to_owned(), json.display().to_string()];
+        options.extend(args.quick.then(|| "--quick".to_owned()));
+        Job { program: &program, args: &options, root_image: false, timeout: TIMEOUT }.run(place)
+    })
+}
+
+/// Where to measure, and says so.
+fn settle(args: &Args, by_itself: fn() -> (Place, &'static str)) -> Place {
+    let (place, why) = if args.testbed { (Place::Testbed, "--testbed") } else { by_itself() };
     let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
     println!("== the bench runs {at}: {why}");
+    place
+}
+
+/// Gives `measure` a folder of the workspace, which is what both this machine and the testbed write to, and a file in it for the rows,
+/// which then go where the user wants them.
+fn with_rows(args: &Args, measure: impl FnOnce(&Path, &Path) -> Result<bool>) -> Result<bool> {
     let folder = client::workspace()?.join("target");
     fs::create_dir_all(&folder)?;
     let json = folder.join(format!("bench-{}.json", std::process::id()));
-    let mut options = vec!["--json".to_owned(), json.display().to_string()];
-    options.extend(args.quick.then(|| "--quick".to_owned()));
-    let held = Job { program: &program, args: &options, root_image: false, timeout: TIMEOUT }.run(place);
+    let held = measure(&folder, &json);
     if let (Some(to), true) = (&args.json, json.exists()) {
         fs::copy(&json, to).with_context(|| format!("cannot write {}", to.display()))?;
     }
@@ -184,7 +189,7 @@ fn fork(args: &Args) -> Result<bool> {
     held
 }
 
-fn in_path(program: &std::path::Path) -> Result<PathBuf> {
+fn in_path(program: &Path) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut found = std::env::split_paths(&path).map(|dir| dir.join(program)).filter(|p| p.is_file());
     found.next().with_context(|| format!("no {} in PATH", program.display()))
