@@ -316,16 +316,18 @@ impl Vm {
         self.step += 1;
         let n = self.step;
         // The quotes keep the echo of the command from looking like its output.
-        self.console.send(format!("echo B''EGIN{n}; {{ {command}\n}} 2>&1; echo E''ND{n}:$?:\n").as_bytes())
+        self.console.send(format!("echo B''EGIN{n}.; {{ {command}\n}} 2>&1; echo E''ND{n}:$?:\n").as_bytes())
     }
 
     /// Waits for the command begun last.
     pub fn finish(&mut self, command: &str, limit: Duration) -> Result<String> {
         let n = self.step;
-        self.console.wait(&format!("BEGIN{n}\r\n"), limit)?;
+        // Not the line's end: the kernel may have got its word in before that.
+        self.console.wait(&format!("BEGIN{n}."), limit)?;
         let out = self.console.wait(&format!("END{n}:"), limit).with_context(|| format!("in: {command}"))?;
         let status = self.console.wait(":", STEP)?;
-        let out = out.replace("\r\n", "\n").trim_end_matches('\n').to_owned();
+        let out = out.replace("\r\n", "\n");
+        let out = out.strip_prefix('\n').unwrap_or(&out).trim_end_matches('\n').to_owned();
         ensure!(status == "0", "'{command}' ended with status {status}:\n{out}");
         // A shell that edits lines asks the terminal where its cursor is.
         Ok(out.replace("\u{1b}[6n", ""))
