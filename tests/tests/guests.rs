@@ -252,13 +252,8 @@ impl Echo {
     }
 }
 
-/// Saves and restores a guest again and again while it writes its disk, watches its clock and holds a TCP connection.
-fn saved_tiny(mut spec: Spec, rounds: u32) -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let scratch = dir.path().join("scratch.img");
-    File::create(&scratch)?.set_len(SCRATCH_BYTES)?;
-    spec.more = vec!["--disk".into(), format!("path={},id=scratch", scratch.display())];
-    let mut vm = Vm::start(&spec)?;
+/// Gives the tiny guest the jobs that [`COUNTS`] counts, its clock and its disk, and an echo at port 7000.
+fn work_tiny(vm: &mut Vm) -> Result<()> {
     vm.sh("dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null; nc -ll -p 7000 -e /bin/cat & true")?;
     vm.sh(&format!("({CLOCK}) & true"))?;
     // Every megabyte of the disk in turn: written, flushed, read back past the cache, compared.
@@ -268,6 +263,15 @@ fn saved_tiny(mut spec: Spec, rounds: u32) -> Result<()> {
          dd if=/dev/vda bs=64k skip=$((n % 60 * 16)) count=16 2>/dev/null | cmp -s - /tmp/data || echo read $n >> /tmp/disk.bad; \
          n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
     )?;
+    Ok(())
+}
+
+/// Saves and restores a guest again and again while it writes its disk, watches its clock and holds a TCP connection.
+fn saved_tiny(mut spec: Spec, rounds: u32) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    spec.more = vec!["--disk".into(), forked::scratch(dir.path())?];
+    let mut vm = Vm::start(&spec)?;
+    work_tiny(&mut vm)?;
     let echo = Echo::start((vm.tap.guest, 7000))?;
     for round in 0..rounds {
         save_round(&mut vm).with_context(|| format!("round {round}"))?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use civic_tests::linux::{Spec, Vm};
 
-use super::{CLOCK, COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress, work};
+use super::{COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress, work, work_tiny};
 
 /// Forks a guest again and again while it writes its disk, watches its clock and holds a TCP connection. Its jobs run on in the child too,
 /// and both check what they read.
@@ -15,16 +15,9 @@ pub fn tiny(mut spec: Spec, rounds: u32) -> Result<()> {
     let dir = tempfile::tempdir()?;
     spec.more = vec!["--disk".into(), scratch(dir.path())?];
     let mut vm = Vm::start(&spec)?;
-    vm.sh("dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null; nc -ll -p 7000 -e /bin/cat & true")?;
-    vm.sh(&format!("({CLOCK}) & true"))?;
+    work_tiny(&mut vm)?;
     // The second megabyte from the end is the children's.
     vm.sh("dd if=/tmp/data of=/dev/vda bs=64k seek=992 conv=fsync 2>/dev/null")?;
-    vm.sh(
-        "(n=0; while :; do dd if=/tmp/data of=/dev/vda bs=64k seek=$((n % 60 * 16)) conv=fsync 2>/dev/null || echo write $n >> /tmp/disk.bad; \
-         echo 3 > /proc/sys/vm/drop_caches; \
-         dd if=/dev/vda bs=64k skip=$((n % 60 * 16)) count=16 2>/dev/null | cmp -s - /tmp/data || echo read $n >> /tmp/disk.bad; \
-         n=$((n + 1)); echo $n > /tmp/disk.now; done) & true",
-    )?;
     let echo = Echo::start((vm.tap.guest, 7000))?;
     let kept =
         "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vda bs=64k skip=992 count=16 2>/dev/null | cmp - /tmp/data";
@@ -118,7 +111,7 @@ pub fn often(mut spec: Spec, rounds: u32) -> Result<()> {
 }
 
 /// An empty disk image in `dir`: the value for `--disk`.
-fn scratch(dir: &Path) -> Result<String> {
+pub fn scratch(dir: &Path) -> Result<String> {
     let path = dir.join("scratch.img");
     File::create(&path)?.set_len(SCRATCH_BYTES)?;
     Ok(format!("path={},id=scratch", path.display()))
