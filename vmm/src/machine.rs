@@ -356,9 +356,7 @@ impl Machine {
     pub fn balloon(&self) -> Option<&BalloonControl> {
         self.balloon.as_ref()
     }
-}
 
-impl Machine {
     /// When its first vCPU entered the guest, by [`crate::clock::monotonic`]; none if it may not.
     pub fn entered(&self) -> Option<u64> {
         self.vcpus.entered()
