@@ -5,7 +5,7 @@
 //!   idle ─────────▶ arming ───────────────────────▶ armed ─────────────────────────────▶ armed …
 //!     ▲               │ ▲                             │ arm: what was written since
 //!     │  all is let   │ └─────────────────────────────┘
-//!     └── disarming ◀─┴──────────── the last child is gone
+//!     └── disarming ◀─┴──────────── the last child is gone, also of those that wait
 //! ```
 //!
 //! All RAM is one memfd `R`. The source maps it shared and is watched for writes and for holes; a child maps it privately and is
@@ -21,7 +21,8 @@
 //!
 //! Arming happens while the source runs: a write in that phase means that the page was written before the fork point: it is noted, not
 //! kept. [`Pager::freeze`] protects what was noted again, with all vCPUs parked and devices drained, and that is the fork point. While
-//! generations live, whatever is not protected is in `open`, so that the next arming has only that to protect.
+//! generations live, whatever is not protected is in `open`, so that the next arming has only that to protect. As soon as somebody waits to
+//! be forked, [`Pager::arm_ahead`] does it beforehand: until the fork, the source's first write to a page costs it one answer.
 //!
 //! Invariants:
 //! * One thread does all of this, so no two answers about a page overlap: a child is never given `R`'s page while it is being kept.
@@ -39,6 +40,7 @@ pub mod journal;
 pub mod protocol;
 pub mod server;
 pub mod store;
+mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -52,6 +54,7 @@ use serde::{Deserialize, Serialize};
 use self::generation::{Generation, Kept, Pages};
 use self::journal::{InFlight, Journal};
 use self::store::{Slot, Store, StoreError};
+use self::streams::Streams;
 use crate::mappings::Mappings;
 use crate::ram::PAGE;
 use crate::uffd::{EventBuffer, Fault, FaultKind, FeatureFlags, IoctlFlags, RegisterMode, UffdError, Userfault};
@@ -156,7 +159,9 @@ pub enum Notice {
     Gone(ChildId),
     /// The source's process is gone. The children have all of its memory.
     SourceGone,
-    /// No generation is left, and the source is as it was before.
+    /// No generation is left: nobody needs what the source held.
+    Unshared,
+    /// Nobody waits any more either, and the source is as it was before.
     Idle {
         /// What the last child needed: for [`Pager::set_needed`] of the next page server.
         needed: Vec<(u32, u32)>,
@@ -177,6 +182,8 @@ pub struct Counters {
     pub kept: u64,
     /// Of those, pages that were punched out and put back.
     pub punched: u64,
+    /// Pages that the source was let through to before it wrote there, because it had written those before them.
+    pub ahead: u64,
     /// Holes of the source that were filled.
     pub holes: u64,
     /// First touches of children that waited.
@@ -254,12 +261,18 @@ pub struct Pager {
     children: BTreeMap<ChildId, Child>,
     /// Pages of `ram` that a child may have mapped.
     shared: Pages,
-    /// Pages of the source that are not protected, while others are. May name one twice.
-    open: Vec<u32>,
+    /// Pages of the source that are not protected, while others are.
+    open: Pages,
+    /// Where the source has been writing.
+    streams: Streams,
     /// Runs that a new child is to be given beforehand.
     warming: VecDeque<(ChildId, u32, u32)>,
     /// What the last child needed.
     needed: Vec<(u32, u32)>,
+    /// A fork is being made: what is armed stays armed.
+    wanted: bool,
+    /// There have been generations, and that there are none any more was not told yet.
+    sharing: bool,
     events: EventBuffer,
     notices: VecDeque<Notice>,
     counters: Counters,
@@ -290,9 +303,12 @@ impl Pager {
             last: 0,
             children: BTreeMap::new(),
             shared: Pages::new(pages),
-            open: Vec::new(),
+            open: Pages::new(pages),
+            streams: Streams::default(),
             warming: VecDeque::new(),
             needed: Vec::new(),
+            wanted: false,
+            sharing: false,
             events: EventBuffer::new(EVENTS),
             notices: VecDeque::new(),
             counters: Counters::default(),
@@ -341,26 +357,45 @@ impl Pager {
         matches!(self.phase, Phase::Arming { .. } | Phase::Disarming { .. }) || !self.warming.is_empty()
     }
 
-    /// Starts protecting the source's memory, while it runs. [`Pager::armed`] tells when that is done.
+    /// Starts protecting the source's memory, while it runs, for a fork that comes now. [`Pager::armed`] tells when that is done.
     ///
     /// # Errors
-    /// When it is being done already, or the kernel refuses.
+    /// When the kernel refuses, or there is no source.
     pub fn arm(&mut self) -> Result<(), PagerError> {
-        let Some(source) = &self.source else { return Err(PagerError::Phase { is: "without a source", to: "arm" }) };
-        let next = match self.phase {
-            Phase::Idle | Phase::Disarming { .. } => {
-                let mode = RegisterMode::WRITE_PROTECT | RegisterMode::MISSING;
-                let needs = IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE | IoctlFlags::WRITE_PROTECT;
-                source.uffd.register(&source.mappings, mode, needs).map_err(PagerError::Source)?;
-                self.open.clear();
-                0
-            }
+        match self.phase {
+            Phase::Arming { .. } => (),
             // Only what is open needs protection.
-            Phase::Armed => source.mappings.bytes(),
-            Phase::Arming { .. } | Phase::Ready(_) => return Err(PagerError::Phase { is: "arming", to: "arm" }),
-        };
-        self.phase = Phase::Arming { next, rounds: 0 };
+            Phase::Armed | Phase::Ready(_) => self.phase = Phase::Arming { next: self.bytes(), rounds: 0 },
+            Phase::Idle | Phase::Disarming { .. } => self.watch_source()?,
+        }
+        self.wanted = true;
         Ok(())
+    }
+
+    /// The same, for a fork that may come: it stays armed as long as somebody waits to be forked.
+    ///
+    /// # Errors
+    /// As [`Pager::arm`].
+    pub fn arm_ahead(&mut self) -> Result<(), PagerError> {
+        match self.phase {
+            Phase::Idle | Phase::Disarming { .. } if !self.children.is_empty() => self.watch_source(),
+            _ => Ok(()),
+        }
+    }
+
+    fn watch_source(&mut self) -> Result<(), PagerError> {
+        let Some(source) = &self.source else { return Err(PagerError::Phase { is: "without a source", to: "arm" }) };
+        let mode = RegisterMode::WRITE_PROTECT | RegisterMode::MISSING;
+        let needs = IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE | IoctlFlags::WRITE_PROTECT;
+        source.uffd.register(&source.mappings, mode, needs).map_err(PagerError::Source)?;
+        self.open.clear();
+        self.streams = Streams::default();
+        self.phase = Phase::Arming { next: 0, rounds: 0 };
+        Ok(())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.pages as u64 * PAGE as u64
     }
 
     /// What arming did, once the source may be paused.
@@ -373,11 +408,8 @@ impl Pager {
 
     /// The fork will not be: back to how it was.
     pub fn abandon(&mut self) {
-        if matches!(self.phase, Phase::Arming { .. } | Phase::Ready(_)) {
-            // What is protected and needed by nobody does no harm while there are generations: the next arming begins with `open`.
-            self.phase = Phase::Armed;
-            self.let_go_if_unused();
-        }
+        self.wanted = false;
+        self.let_go_if_unused();
     }
 
     /// Adopts a process that waits to become a child. Its memory is `uffd`'s, at `mappings`: a private mapping of the memfd that
@@ -407,7 +439,7 @@ impl Pager {
         // Devices that were waiting when they were drained are done, and parked vCPUs write nothing.
         self.last += 1;
         self.generations.insert(self.last, Generation::new(self.pages));
-        self.phase = Phase::Armed;
+        (self.phase, self.wanted, self.sharing) = (Phase::Armed, false, true);
         for id in children {
             let Some(child) = self.children.get_mut(id) else { continue };
             child.of = Of::Generation(self.last);
@@ -462,8 +494,9 @@ impl Pager {
             self.phase = Phase::Arming { next: next + CHUNK, rounds };
             return self.of_source(done);
         }
-        if self.open.len() <= FEW || rounds == ROUNDS {
-            self.phase = Phase::Ready(Armed { rounds, left: self.open.len() });
+        let open = self.open.count() as usize;
+        if open <= FEW || rounds == ROUNDS {
+            self.phase = Phase::Ready(Armed { rounds, left: open });
             return Ok(());
         }
         self.phase = Phase::Arming { next, rounds: rounds + 1 };
@@ -473,7 +506,7 @@ impl Pager {
     fn disarm_on(&mut self, next: u64) -> Result<(), PagerError> {
         let Some(source) = self.source.as_ref().filter(|source| next < source.mappings.bytes()) else {
             self.phase = Phase::Idle;
-            self.open = Vec::new();
+            self.open.clear();
             self.notices.push_back(Notice::Idle { needed: self.needed.clone() });
             return Ok(());
         };
@@ -485,18 +518,12 @@ impl Pager {
     /// Protects what is open. Writes that come meanwhile open it again.
     fn protect_open(&mut self) -> Result<(), PagerError> {
         let Some(source) = &self.source else { return Ok(()) };
-        let mut open = std::mem::take(&mut self.open);
-        open.sort_unstable();
-        let mut pages = open.iter().copied().peekable();
         let mut done = Ok(());
-        while let Some(first) = pages.next() {
-            let mut last = first;
-            while let Some(page) = pages.next_if(|page| *page - last <= GAP) {
-                last = page;
-            }
-            let len = u64::from(last - first + 1) * PAGE as u64;
+        for (first, len) in self.open.spans(GAP) {
+            let len = u64::from(len) * PAGE as u64;
             done = done.and_then(|()| source.uffd.protect(&source.mappings, offset_of(first), len));
         }
+        self.open.clear();
         self.of_source(done)
     }
 
@@ -530,13 +557,22 @@ impl Pager {
                 // Whoever has it mapped is lost, but may not have ended yet.
                 None => self.store.pass(&self.ram, offset_of(page))?,
             };
-            self.exchange(page, slot)?;
-        } else if let Some(source) = &self.source {
-            let done = source.uffd.unprotect(&source.mappings, offset_of(page), PAGE as u64);
-            self.of_source(done)?;
+            self.open.add(page);
+            return self.exchange(page, slot);
         }
-        self.open.push(page);
-        Ok(())
+        // One that goes from page to page is let through to where it will be next.
+        let mut end = page + 1;
+        let ahead = self.streams.written(page).min(self.pages as u32 - page);
+        while end < page + ahead && !self.shared.has(end) && !self.open.has(end) {
+            self.keep(end)?;
+            end += 1;
+        }
+        self.streams.let_through(end);
+        self.counters.ahead += u64::from(end - page - 1);
+        let Some(source) = &self.source else { return Ok(()) };
+        let done = source.uffd.unprotect(&source.mappings, offset_of(page), u64::from(end - page) * PAGE as u64);
+        (page..end).for_each(|page| self.open.add(page));
+        self.of_source(done)
     }
 
     fn source_lacks(&mut self, page: u32) -> Result<(), PagerError> {
@@ -549,7 +585,7 @@ impl Pager {
             generation.keep_zero(page);
         }
         let done = source.uffd.zero(&source.mappings, offset_of(page));
-        self.open.push(page);
+        self.open.add(page);
         self.of_source(done)
     }
 
@@ -640,13 +676,17 @@ impl Pager {
         self.store.trim();
     }
 
-    /// Once nobody has anything of the source's, it is not watched any more, unless the next fork is being made.
+    /// Once nobody has anything of the source's, nor waits for it, it is not watched any more, unless the next fork is being made.
     fn let_go_if_unused(&mut self) {
         if !self.generations.is_empty() || self.children.values().any(|child| child.of != Of::Waiting) {
             return;
         }
-        self.shared = Pages::new(self.pages);
-        if self.phase == Phase::Armed {
+        if std::mem::take(&mut self.sharing) {
+            self.shared = Pages::new(self.pages);
+            self.notices.push_back(Notice::Unshared);
+        }
+        let armed = matches!(self.phase, Phase::Arming { .. } | Phase::Ready(_) | Phase::Armed);
+        if armed && !self.wanted && self.children.is_empty() {
             self.phase = Phase::Disarming { next: 0 };
         }
     }

@@ -8,8 +8,8 @@
 //!        kill it ─▶ end the children ─▶ put the page in flight back ─▶ lift every protection ─▶ tell the owner
 //! ```
 //!
-//! The page server is killed before anything is undone, so that one that was only stopped cannot go on behind our back; the children
-//! are given a moment to say why they end and are killed then, so that none sees what the source writes afterwards. Only then the
+//! The page server is killed before anything is undone, so that one that was only stopped cannot go on behind our back; the children,
+//! but for those that only wait, are given a moment to say why they end and are killed then, so that none sees what the source writes afterwards. Only then the
 //! source's memory is let go. It keeps a descriptor of its userfaultfd, of the store and of the journal for that. Left to itself the
 //! kernel would let whoever waits go on, and a page that had just been punched out would be lost.
 //!
@@ -137,6 +137,9 @@ struct Shared {
 struct Inner {
     /// Who waits for the answer to the last request.
     waiting: Option<Sender<Response>>,
+    /// Those that wait.
+    adopted: BTreeMap<ChildId, Process>,
+    /// Those that share memory.
     children: BTreeMap<ChildId, Process>,
     /// Why there is no page server any more.
     ended: Option<String>,
@@ -144,6 +147,25 @@ struct Inner {
     left: bool,
     /// Whether the watchdog is to end.
     closing: bool,
+}
+
+impl Inner {
+    /// From now on these have pages of the source.
+    fn bear(&mut self, children: &[ChildId]) {
+        for child in children {
+            self.children.extend(self.adopted.remove_entry(child));
+        }
+    }
+
+    fn remove(&mut self, child: ChildId) {
+        self.adopted.remove(&child);
+        self.children.remove(&child);
+    }
+
+    /// Whether the source may be waiting for the page server.
+    fn is_watched(&self) -> bool {
+        !self.adopted.is_empty() || !self.children.is_empty()
+    }
 }
 
 impl Shared {
@@ -185,7 +207,8 @@ impl PageServer {
             Response::Done => (),
             other => return Err(SourceError::Refused(format!("{other:?}"))),
         }
-        let inner = Inner { waiting: None, children: BTreeMap::new(), ended: None, left: false, closing: false };
+        let (adopted, children) = (BTreeMap::new(), BTreeMap::new());
+        let inner = Inner { waiting: None, adopted, children, ended: None, left: false, closing: false };
         let shared = Arc::new(Shared { wire, process, inner: Mutex::new(inner) });
         let saved = Saved { uffd, ram, store, journal };
         let watched = Arc::clone(&shared);
@@ -211,12 +234,20 @@ impl PageServer {
             other => Err(refusal(other)),
         };
         if done.is_ok() {
-            self.shared.inner().children.insert(child, process);
+            self.shared.inner().adopted.insert(child, process);
         }
         done
     }
 
-    /// Protects the memory while the machine runs. Returns when it may be paused.
+    /// Has the memory protected while the machine runs, as long as there are children that wait. Does not wait for it.
+    pub fn arm_ahead(&self) -> Result<(), SourceError> {
+        match self.ask(&Request::ArmAhead, &[], ANSWER)? {
+            Response::Done => Ok(()),
+            other => Err(refusal(other)),
+        }
+    }
+
+    /// Protects what is not protected yet while the machine runs. Returns when it may be paused.
     pub fn arm(&self) -> Result<Armed, SourceError> {
         // As long as memory is large; the watchdog sees to it that it does not stop.
         match self.ask(&Request::Arm, &[], Duration::from_secs(60))? {
@@ -227,6 +258,7 @@ impl PageServer {
 
     /// The fork point: the machine is paused.
     pub fn freeze(&self, children: Vec<ChildId>) -> Result<GenerationId, SourceError> {
+        self.shared.inner().bear(&children);
         match self.ask(&Request::Freeze { children }, &[], PAUSED)? {
             Response::Frozen(generation) => Ok(generation),
             other => Err(refusal(other)),
@@ -240,7 +272,7 @@ impl PageServer {
 
     /// A child is not wanted any more.
     pub fn forget(&self, child: ChildId) -> Result<(), SourceError> {
-        self.shared.inner().children.remove(&child);
+        self.shared.inner().remove(child);
         self.ask(&Request::Forget { child }, &[], ANSWER).map(drop)
     }
 
@@ -389,7 +421,7 @@ impl<F: FnMut(Event)> Watchdog<F> {
             match self.shared.wire.receive::<Response>(PULSE) {
                 Ok((Response::Notice(notice), _)) => {
                     if let Notice::Gone(child) = &notice {
-                        self.shared.inner().children.remove(child);
+                        self.shared.inner().remove(*child);
                     }
                     (self.event)(Event::Notice(notice));
                 }
@@ -414,7 +446,7 @@ impl<F: FnMut(Event)> Watchdog<F> {
                 continue;
             }
             (checked, pulse) = (Instant::now(), now);
-            asked = !self.shared.inner().children.is_empty();
+            asked = self.shared.inner().is_watched();
             if asked && self.shared.wire.send(&Request::Ping, &[]).is_err() {
                 return "its process has ended".into();
             }

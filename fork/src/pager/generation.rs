@@ -69,49 +69,80 @@ impl Generation {
 
 /// A set of pages.
 #[derive(Clone, Debug)]
-pub struct Pages(Vec<u64>);
+pub struct Pages {
+    words: Vec<u64>,
+    count: u32,
+}
 
 impl Pages {
     /// Empty, of a memory of so many pages.
     pub fn new(pages: usize) -> Self {
-        Self(vec![0; pages.div_ceil(64)])
+        Self { words: vec![0; pages.div_ceil(64)], count: 0 }
     }
 
     /// Whether it has this one.
     pub fn has(&self, page: u32) -> bool {
-        self.0[page as usize / 64] >> (page % 64) & 1 != 0
+        self.words[page as usize / 64] >> (page % 64) & 1 != 0
     }
 
     /// Adds one.
     pub fn add(&mut self, page: u32) {
-        self.0[page as usize / 64] |= 1 << (page % 64);
+        let word = &mut self.words[page as usize / 64];
+        self.count += u32::from(*word >> (page % 64) & 1 == 0);
+        *word |= 1 << (page % 64);
     }
 
     /// Takes one out; whether it was there.
     pub fn take(&mut self, page: u32) -> bool {
-        let word = &mut self.0[page as usize / 64];
-        let had = *word >> (page % 64) & 1 != 0;
-        *word &= !(1 << (page % 64));
+        let had = self.has(page);
+        self.words[page as usize / 64] &= !(1 << (page % 64));
+        self.count -= u32::from(had);
         had
     }
 
     /// How many.
     pub fn count(&self) -> u32 {
-        self.0.iter().map(|word| word.count_ones()).sum()
+        self.count
+    }
+
+    /// Takes all out.
+    pub fn clear(&mut self) {
+        if self.count > 0 {
+            self.words.fill(0);
+            self.count = 0;
+        }
+    }
+
+    /// Those in it, in order.
+    pub fn iter(&self) -> impl Iterator<Item = u32> {
+        let words = self.words.iter().enumerate().filter(|(_, word)| **word != 0);
+        words
+            .flat_map(|(at, word)| (0..64).filter(move |bit| word >> bit & 1 != 0).map(move |bit| at as u32 * 64 + bit))
     }
 
     /// Those in it, as runs, each of at most `longest` pages.
     pub fn runs(&self, longest: u32) -> Vec<(u32, u32)> {
         let mut runs: Vec<(u32, u32)> = Vec::new();
-        for (at, word) in self.0.iter().enumerate().filter(|(_, word)| **word != 0) {
-            for page in (0..64).filter(|bit| word >> bit & 1 != 0).map(|bit| at as u32 * 64 + bit) {
-                match runs.last_mut() {
-                    Some((first, len)) if *first + *len == page && *len < longest => *len += 1,
-                    _ => runs.push((page, 1)),
-                }
+        for page in self.iter() {
+            match runs.last_mut() {
+                Some((first, len)) if *first + *len == page && *len < longest => *len += 1,
+                _ => runs.push((page, 1)),
             }
         }
         runs
+    }
+
+    /// Spans that have all of those in it, and others where fewer than `gap` lie between two.
+    pub fn spans(&self, gap: u32) -> impl Iterator<Item = (u32, u32)> {
+        let mut pages = self.iter().peekable();
+        std::iter::from_fn(move || {
+            let first = pages.next()?;
+            let mut last = first;
+            while let Some(page) = pages.next_if(|page| *page - last <= gap) {
+                last = page;
+            }
+            Some((first, last - first + 1))
+        })
     }
 }
 
@@ -140,7 +171,12 @@ mod tests {
         }
         assert_eq!(pages.runs(100), [(0, 3), (63, 3), (199, 1)]);
         assert_eq!(pages.runs(2), [(0, 2), (2, 1), (63, 2), (65, 1), (199, 1)]);
+        assert_eq!(pages.spans(1).collect::<Vec<_>>(), [(0, 3), (63, 3), (199, 1)]);
+        assert_eq!(pages.spans(61).collect::<Vec<_>>(), [(0, 66), (199, 1)]);
         assert!(pages.take(64) && !pages.take(64) && !pages.has(64) && pages.has(65));
+        pages.add(65);
         assert_eq!(pages.count(), 6);
+        pages.clear();
+        assert_eq!((pages.count(), pages.iter().next()), (0, None));
     }
 }

@@ -7,7 +7,9 @@
 //!    │◀──────────────────────────── Done │                              │
 //!    │ Adopt [uffd, lifeline] ──────────▶│◀═══════ lifeline ═══════════▶│
 //!    │◀──────────────────────────── Done │                              │
-//!    │ Arm ─────────────────────────────▶│                              │
+//!    │ ArmAhead ────────────────────────▶│                              │
+//!    │◀──────────────────────────── Done │                              │
+//!    │ (a fork is wanted) Arm ──────────▶│                              │
 //!    │◀─────────────────────────── Armed │                              │
 //!    │ Freeze ──────────────────────────▶│                              │
 //!    │◀────────────────────────── Frozen │                              │
@@ -40,7 +42,9 @@ pub enum Request {
         /// Where it has its RAM.
         mappings: Mappings,
     },
-    /// Protect the source's memory while it runs.
+    /// Protect the source's memory while it runs, as long as there are children that wait.
+    ArmAhead,
+    /// The same for a fork that comes now: say when it is done.
     Arm,
     /// The fork point, of these children.
     Freeze {

@@ -194,6 +194,7 @@ impl Server {
             Request::Adopt { child, mappings } => {
                 self.adopt(child, mappings, fds).map_or_else(Response::Refused, |()| Response::Done)
             }
+            Request::ArmAhead => self.pager.arm_ahead().map_or_else(|e| refused(&e), |()| Response::Done),
             Request::Arm => match self.pager.arm() {
                 Ok(()) => {
                     self.arming = true;
@@ -268,7 +269,7 @@ impl Server {
                     }
                 }
                 Notice::Gone(child) => self.forget(*child),
-                Notice::SourceGone | Notice::Idle { .. } => (),
+                Notice::SourceGone | Notice::Unshared | Notice::Idle { .. } => (),
             }
             self.answer(&Response::Notice(notice));
         }

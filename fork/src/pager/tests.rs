@@ -398,6 +398,68 @@ fn without_a_child_the_source_is_as_before() {
 }
 
 #[test]
+fn what_is_armed_ahead_is_a_forks_and_is_let_go_with_the_last_who_waits() {
+    let machine = Machine::new(&[1024 * P]);
+    (0..1000).for_each(|page| machine.write(page));
+    let served = Served::new(&machine.ram, 10_000);
+    // Nobody waits: nothing to arm for.
+    served.ask(Pager::arm_ahead).unwrap();
+    assert!(!served.ask(|pager| pager.busy()));
+    let mut waiting = [Fork::wait(&machine, &served, 1), Fork::wait(&machine, &served, 2)];
+    served.ask(Pager::arm_ahead).unwrap();
+    while served.ask(|pager| pager.busy()) {
+        std::thread::yield_now();
+    }
+    // Written before the fork, once each time: nothing is kept.
+    (0..1024).step_by(3).for_each(|page| machine.write(page));
+    let ahead = served.ask(|pager| pager.counters());
+    assert!(ahead.write_faults > 300 && ahead.holes > 0 && ahead.kept == 0, "{ahead:?}");
+    let (first, second) = waiting.split_at_mut(1);
+    Fork::all(&machine, &served, first);
+    (0..1024).for_each(|page| machine.write(page));
+    (0..1024).for_each(|page| first[0].check(page));
+    // The first child ends, the second still waits: what it is forked from is later.
+    served.ask(|pager| pager.forget(1));
+    assert_eq!(served.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Unshared);
+    Fork::all(&machine, &served, second);
+    (0..1024).step_by(2).for_each(|page| machine.write(page));
+    (0..1024).for_each(|page| second[0].check(page));
+    served.ask(|pager| pager.forget(2));
+    served.wait_idle();
+    let waiting = Fork::wait(&machine, &served, 3);
+    served.ask(Pager::arm_ahead).unwrap();
+    served.ask(|pager| pager.forget(3));
+    served.wait_idle();
+    drop(waiting);
+    let before = served.ask(|pager| pager.counters());
+    (0..1024).for_each(|page| machine.write(page));
+    assert_eq!(served.ask(|pager| pager.counters()), before, "nothing waits any more");
+}
+
+#[test]
+fn who_writes_page_after_page_waits_for_few_of_them() {
+    let machine = Machine::new(&[2048 * P]);
+    (0..2048).filter(|page| page % 100 != 99).for_each(|page| machine.write(page));
+    let served = Served::new(&machine.ram, 10_000);
+    let child = Fork::of(&machine, &served, 1);
+    // Pages that the child has must be taken away one by one.
+    (1000..1010).for_each(|page| child.check(page));
+    let before = served.ask(|pager| pager.counters());
+    (0..1024).for_each(|page| machine.write(page));
+    let after = served.ask(|pager| pager.counters());
+    let (waits, ahead) = (after.write_faults - before.write_faults, after.ahead - before.ahead);
+    assert!(waits < 200 && ahead > 800, "{waits} waits, let through to {ahead} before");
+    (0..2048).for_each(|page| child.check(page));
+    // The same pages in no order: each waits.
+    let before = after;
+    (0..1024).map(|n| 1024 + n * 37 % 1024).for_each(|page| machine.write(page));
+    let after = served.ask(|pager| pager.counters());
+    assert_eq!(after.ahead, before.ahead);
+    (0..2048).for_each(|page| child.check(page));
+    served.ask(|pager| pager.forget(1));
+}
+
+#[test]
 fn the_oldest_fork_goes_when_the_store_is_full_and_sees_nothing_new() {
     let machine = Machine::new(&[512 * P]);
     (0..512).for_each(|page| machine.write(page));

@@ -21,6 +21,25 @@ const LAST: u64 = 2 << 30;
 /// Behind by more cycles than this, a CPU does not make up for it.
 const LATE: u32 = 1 << 24;
 
+/// In which order a guest goes through its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// One after the other, as whoever copies or clears memory.
+    Sequential,
+    /// Here and there: none lies near the one before.
+    Scattered,
+}
+
+impl Order {
+    /// Pages from one to the next. The scattered one's is a prime that divides no number of pages here, so that each page has its turn once.
+    fn stride(self) -> u32 {
+        match self {
+            Self::Sequential => 1,
+            Self::Scattered => 7919,
+        }
+    }
+}
+
 /// A guest that writes.
 pub struct Load {
     /// Running.
@@ -45,11 +64,11 @@ impl Sample {
 
 impl Load {
     /// With so many bytes of RAM, all of it there.
-    pub fn boot(memory: u64) -> Self {
+    pub fn boot(memory: u64, order: Order) -> Self {
         let hz = tsc_hz();
         let end = memory.min(LAST) as u32;
         let period = (hz * f64::from(CPUS) * PAGE as f64 / PACE as f64) as u32;
-        let vm = Setup::new(&writer(end, period)).cpus(CPUS as u8).memory(memory).boot();
+        let vm = Setup::new(&writer(end, period, order.stride())).cpus(CPUS as u8).memory(memory).boot();
         let ram = GuestRam::of(vm.pid());
         let this = Self { vm, ram, hz };
         this.vm.until("every CPU to write", |_| (0..CPUS).all(|cpu| this.mark(cpu) > this.log(cpu)));
@@ -110,12 +129,12 @@ pub fn idle(memory: u64) -> Vm {
     vm
 }
 
-/// Each CPU goes through its half of `FIRST..end`, a page every `period` cycles.
-fn writer(end: u32, period: u32) -> Vec<u8> {
+/// Each CPU goes through its half of `FIRST..end`, a page every `period` cycles, and the next `stride` pages on.
+fn writer(end: u32, period: u32, stride: u32) -> Vec<u8> {
     let half = (end - FIRST) / CPUS;
+    assert!(stride == 1 || !(half / PAGE as u32).is_multiple_of(stride), "pages would be left out");
     pvh(|asm| {
-        let (mut all, mut sweep, mut page, mut on_time) =
-            (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
+        let (mut all, mut page, mut on_time) = (asm.create_label(), asm.create_label(), asm.create_label());
         asm.start_others(all)?;
         asm.xor(ebx, ebx)?;
         asm.set_label(&mut all)?;
@@ -124,7 +143,6 @@ fn writer(end: u32, period: u32) -> Vec<u8> {
         asm.add(esi, LOGS as i32)?;
         asm.rdtsc()?;
         asm.mov(ebp, eax)?;
-        asm.set_label(&mut sweep)?;
         asm.imul_3(edi, ebx, half as i32)?;
         asm.add(edi, FIRST as i32)?;
         // Comes back here until the page is due.
@@ -153,11 +171,12 @@ fn writer(end: u32, period: u32) -> Vec<u8> {
         asm.sub(esi, LOG as i32)?;
         asm.set_label(&mut within)?;
         asm.mov(dword_ptr(ebx * 4 + MARKS), esi)?;
-        asm.add(edi, PAGE as i32)?;
+        asm.add(edi, (stride * PAGE as u32) as i32)?;
         asm.imul_3(edx, ebx, half as i32)?;
         asm.add(edx, (FIRST + half) as i32)?;
         asm.cmp(edi, edx)?;
         asm.jb(page)?;
-        asm.jmp(sweep)
+        asm.sub(edi, half as i32)?;
+        asm.jmp(page)
     })
 }

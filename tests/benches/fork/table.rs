@@ -16,7 +16,7 @@ pub enum Promise {
 
 /// One thing measured.
 pub struct Row {
-    name: &'static str,
+    name: String,
     unit: &'static str,
     values: Vec<f64>,
     promise: Promise,
@@ -24,8 +24,8 @@ pub struct Row {
 
 impl Row {
     /// Of these values.
-    pub fn new(name: &'static str, unit: &'static str, values: Vec<f64>, promise: Promise) -> Self {
-        Self { name, unit, values, promise }
+    pub fn new(name: impl Into<String>, unit: &'static str, values: Vec<f64>, promise: Promise) -> Self {
+        Self { name: name.into(), unit, values, promise }
     }
 
     /// The promised quantiles that are exceeded. Nothing measured exceeds everything.
@@ -49,6 +49,11 @@ pub fn quantile(values: &[f64], share: f64) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let rank = (share * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
+}
+
+/// The mean; NaN of nothing.
+pub fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// All rows.
@@ -93,7 +98,7 @@ impl fmt::Display for Table {
         let head = ["name", "unit", "n", "p50", "p90", "p99", "max", "promised"];
         writeln!(
             f,
-            "{:26}{:7}{:>8}{:>10}{:>10}{:>10}{:>10}  {}",
+            "{:36}{:7}{:>8}{:>10}{:>10}{:>10}{:>10}  {}",
             head[0], head[1], head[2], head[3], head[4], head[5], head[6], head[7]
         )?;
         for row in &self.0 {
@@ -105,10 +110,10 @@ impl fmt::Display for Table {
                     limits.join(", ")
                 }
             };
-            let (name, unit, n) = (row.name, row.unit, row.values.len());
+            let (name, unit, n) = (&row.name, row.unit, row.values.len());
             writeln!(
                 f,
-                "{name:26}{unit:7}{n:>8}{:>10}{:>10}{:>10}{:>10}  {promised}",
+                "{name:36}{unit:7}{n:>8}{:>10}{:>10}{:>10}{:>10}  {promised}",
                 q(0.5),
                 q(0.9),
                 q(0.99),

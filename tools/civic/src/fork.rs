@@ -23,7 +23,11 @@ pub async fn fork(dir: &RunDir, args: ForkArgs) -> anyhow::Result<()> {
     let names = names(&args.name, args.count)?;
     let client = dir.client(&args.source);
     let mut signals = Signals::catch().context("cannot catch signals")?;
-    client.info().await.map_err(|error| explain(dir, &args.source, error))?;
+    let info = client.info().await.map_err(|error| explain(dir, &args.source, error))?;
+    // Early, so that it prepares the fork while the monitors come.
+    if !info.family.page_server {
+        start_page_server(dir, &args.source)?;
+    }
     // Until they are released, whatever goes wrong ends the monitors.
     let mut monitors = Vec::new();
     for name in &names {
@@ -37,7 +41,7 @@ pub async fn fork(dir: &RunDir, args: ForkArgs) -> anyhow::Result<()> {
             () = signals.next() => return Err(advice::error("interrupted before the fork", "nothing was forked")),
         });
     }
-    // Asked for only now: a page server stays as long as somebody waits.
+    // Asked again: one that was about to go when nobody waited yet is gone, and from now on it stays.
     let info = client.info().await.map_err(|error| explain(dir, &args.source, error))?;
     if !info.family.page_server {
         start_page_server(dir, &args.source)?;

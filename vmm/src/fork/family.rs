@@ -1,9 +1,11 @@
 //! A source's family: who waits to be forked from it, who was, and the page server that they all need.
 //!
 //! One thread accepts connections, one per connection hears who it is. What they learn stands in [`Family`], where the thread that makes a
-//! fork waits for it. Nothing here touches the machine.
+//! fork waits for it. As soon as there are a page server and somebody who waits, the one adopts the other and protects the memory: a fork
+//! then finds most of its work done. Nothing here touches the machine.
 //!
-//! Locks: `inner` is a leaf, never held while talking with another process. Page servers' events come on their watchdogs' threads.
+//! Locks: [`Waiting`]'s is held while its page server adopts it, and comes first; `inner` is a leaf, never held while talking with
+//! another process. Page servers' events come on their watchdogs' threads.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -45,14 +47,33 @@ pub struct Origin {
 
 /// A monitor that waits to be forked.
 pub struct Waiting {
+    /// Its number.
+    pub id: ChildId,
     /// To it.
     pub link: Wire,
     /// Where its RAM is watched.
-    pub uffd: Userfault,
+    uffd: Userfault,
     /// Where it has its RAM.
-    pub mappings: Mappings,
+    mappings: Mappings,
     /// The page server's end.
-    pub lifeline: Wire,
+    lifeline: Wire,
+    /// The number of the page server that has it.
+    adopted_by: Mutex<Option<u32>>,
+}
+
+impl Waiting {
+    /// Has this page server know it.
+    ///
+    /// # Errors
+    /// When that does not want it, or is gone.
+    pub fn adopted_by(&self, serving: &Serving) -> Result<(), SourceError> {
+        let mut adopted_by = self.adopted_by.lock().unwrap_or_else(PoisonError::into_inner);
+        if *adopted_by != Some(serving.number) {
+            serving.server.adopt(self.id, &self.link, &self.uffd, self.mappings.clone(), &self.lifeline)?;
+            *adopted_by = Some(serving.number);
+        }
+        Ok(())
+    }
 }
 
 /// A child that lives.
@@ -96,9 +117,13 @@ struct Inner {
     servers: u32,
     /// Forks that are being made.
     making: u32,
-    /// The page server has told that nothing is shared any more, and was not asked for anything since.
+    /// A page server is about to serve.
+    beginning: bool,
+    /// The page server has told that nothing is shared any more, and was not asked for a fork since.
+    unshared: bool,
+    /// The same, and that nobody waits.
     idle: bool,
-    waiting: BTreeMap<String, Waiting>,
+    waiting: BTreeMap<String, Arc<Waiting>>,
     children: BTreeMap<ChildId, Alive>,
     frozen: BTreeMap<GenerationId, Frozen>,
     next_child: ChildId,
@@ -166,7 +191,7 @@ impl Family {
     }
 
     /// Hears who connects, and answers.
-    fn hear(&self, wire: Wire) {
+    fn hear(self: &Arc<Self>, wire: Wire) {
         let hello = match wire.receive::<Hello>(PATIENCE) {
             Ok((hello, _)) => hello,
             Err(e) => return warn!("somebody connected to fork.sock: {e}"),
@@ -180,17 +205,20 @@ impl Family {
         match hello.role {
             Role::PageServer => {
                 let mut inner = self.inner();
-                if inner.page_server.is_none() && !inner.serves() {
+                if inner.page_server.as_ref().is_none_or(Wire::hung_up) && !inner.serves() {
                     inner.page_server = Some(wire);
                     self.changed.notify_all();
+                    drop(inner);
+                    self.arm_ahead();
                 }
             }
-            Role::Child(name) => {
-                if let Err(why) = self.welcome(name, &wire) {
+            Role::Child(name) => match self.welcome(name, &wire) {
+                Ok(()) => self.arm_ahead(),
+                Err(why) => {
                     info!("a monitor cannot be forked from this VM: {why}");
                     let _ = wire.send(&ToChild::Refused { why }, &[]);
                 }
-            }
+            },
         }
     }
 
@@ -217,9 +245,36 @@ impl Family {
         if taken {
             return Err(format!("a child '{name}' is there already"));
         }
-        inner.waiting.insert(name, Waiting { link, uffd, mappings, lifeline: Wire::from(lifeline) });
+        inner.next_child += 1;
+        let (id, lifeline, adopted_by) = (inner.next_child, Wire::from(lifeline), Mutex::default());
+        inner.waiting.insert(name, Arc::new(Waiting { id, link, uffd, mappings, lifeline, adopted_by }));
         drop(inner);
         told.send(&ToChild::Registered, &[]).map_err(|e| text(&e))
+    }
+
+    /// Has the page server do what it can before a fork is asked for, if there are one and somebody to be forked. Whatever is wrong is told by
+    /// the fork.
+    fn arm_ahead(self: &Arc<Self>) {
+        let waiting: Vec<_> = {
+            let inner = self.inner();
+            if inner.page_server.is_none() && !inner.serves() && !inner.beginning {
+                return;
+            }
+            inner.waiting.values().cloned().collect()
+        };
+        if waiting.is_empty() {
+            return;
+        }
+        let _making = self.making();
+        let armed = self.server().map_err(|e| e.message).and_then(|serving| {
+            let adopted = waiting.iter().try_for_each(|waiting| waiting.adopted_by(&serving));
+            let armed = adopted.and_then(|()| serving.server.arm_ahead());
+            self.armed_ahead();
+            armed.map_err(|e| e.to_string())
+        });
+        if let Err(why) = armed {
+            info!("cannot prepare a fork: {why}");
+        }
     }
 
     fn why_not(&self) -> String {
@@ -277,7 +332,7 @@ impl Family {
     }
 
     /// Takes those of these names who wait.
-    pub fn take_waiting(&self, names: &[String]) -> Result<Vec<Waiting>, ErrorBody> {
+    pub fn take_waiting(&self, names: &[String]) -> Result<Vec<Arc<Waiting>>, ErrorBody> {
         let mut inner = self.inner();
         inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
         if let Some(missing) = names.iter().find(|name| !inner.waiting.contains_key(*name)) {
@@ -304,16 +359,19 @@ impl Family {
             if let Some(serving) = inner.server.clone().filter(|serving| serving.server.lives()) {
                 return Ok(serving);
             }
-            if let Some(wire) = inner.page_server.take() {
+            if let Some(wire) = inner.page_server.take().filter(|wire| !wire.hung_up()) {
                 inner.servers += 1;
+                inner.beginning = true;
                 let (number, needed) = (inner.servers, std::mem::take(&mut inner.needed));
                 drop(inner);
                 let server = self.begin(wire, &origin, number, needed).map_err(|e| {
                     ErrorBody::from_error(ErrorCode::ForkFailed, &e)
                         .with_hint("'civic doctor' says what this host lacks")
-                })?;
-                let serving = Serving { number, server, origin };
+                });
                 let mut inner = self.inner();
+                inner.beginning = false;
+                self.changed.notify_all();
+                let serving = Serving { number, server: server?, origin };
                 inner.server = Some(serving.clone());
                 inner.generations = inner.last;
                 return Ok(serving);
@@ -346,19 +404,17 @@ impl Family {
 
     /// The page server has done all that it was asked before: what it tells from now on is of now.
     pub fn armed(&self) {
+        let mut inner = self.inner();
+        (inner.idle, inner.unshared) = (false, false);
+    }
+
+    fn armed_ahead(&self) {
         self.inner().idle = false;
     }
 
     /// Whether this is the page server of the present machine.
     pub fn serves(&self, serving: &Serving) -> bool {
         self.inner().server.as_ref().is_some_and(|present| present.number == serving.number)
-    }
-
-    /// A number for a child.
-    pub fn number(&self) -> ChildId {
-        let mut inner = self.inner();
-        inner.next_child += 1;
-        inner.next_child
     }
 
     /// What the VM calls a generation of its present page server.
@@ -409,6 +465,7 @@ impl Family {
         let ended: Vec<_> = {
             let mut inner = self.inner();
             inner.children.remove(&child);
+            inner.waiting.retain(|_, waiting| waiting.id != child);
             for frozen in inner.frozen.values_mut() {
                 frozen.children.retain(|other| *other != child);
             }
@@ -479,6 +536,14 @@ impl Family {
             Event::Notice(Notice::Gone(child)) => self.remove(child),
             Event::Notice(Notice::Lost(child, why)) => info!(child, "a child is lost: {why}"),
             Event::Notice(Notice::SourceGone) => {}
+            Event::Notice(Notice::Unshared) => {
+                let mut inner = self.inner();
+                if inner.former.iter().all(|serving| serving.number != number) {
+                    inner.unshared = true;
+                }
+                drop(inner);
+                self.settle();
+            }
             Event::Notice(Notice::Idle { needed }) => {
                 let former = {
                     let mut inner = self.inner();
@@ -513,11 +578,14 @@ impl Family {
     fn settle(&self) {
         let retired = {
             let mut inner = self.inner();
-            if inner.making > 0 || !inner.idle {
+            if inner.making > 0 {
                 return;
             }
-            if let Some(serving) = &inner.server {
+            if let Some(serving) = inner.server.as_ref().filter(|_| inner.unshared || inner.idle) {
                 serving.origin.keeper.keep(false);
+            }
+            if !inner.idle {
+                return;
             }
             inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
             if inner.waiting.is_empty() { inner.server.take() } else { None }

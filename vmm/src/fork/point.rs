@@ -1,7 +1,8 @@
 //! A source's fork: everything before and after the pause in a thread of its own, the pause itself by the supervisor.
 //!
 //! ```text
-//!  thread "fork":  page server, Adopt, Arm ──▶ supervisor: pause, state, disks, Freeze, run ──▶ thread: Go, Disk…, Started
+//!  when somebody waits: page server, Adopt, ArmAhead
+//!  thread "fork":  Arm, of what is left ──▶ supervisor: pause, state, disks, Freeze, run ──▶ thread: Go, Disk…, Started
 //! ```
 //!
 //! Whatever fails before `Freeze` leaves the source as it was; from then on it runs whatever becomes of the children.
@@ -24,7 +25,7 @@ use civic_fork::source::PageServer;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::info;
 
-use super::family::{Family, Serving, Waiting};
+use super::family::{Family, Serving};
 use super::{Go, ToChild, ToSource};
 use crate::clock::monotonic;
 use crate::state::Sections;
@@ -173,18 +174,19 @@ impl Fork {
         let Serving { server, origin, .. } = &serving;
         let failed = |e: &(dyn std::error::Error + 'static)| ErrorBody::from_error(ErrorCode::ForkFailed, e);
         let mut children = Vec::new();
-        for (name, Waiting { link, uffd, mappings, lifeline }) in request.children.iter().zip(waiting) {
-            let id = family.number();
-            let adopted = server.adopt(id, &link, &uffd, mappings, &lifeline);
-            adopted.map_err(|e| failed(&e).with_hint(format!("it was about '{name}'")))?;
-            children.push((id, name.clone(), link));
-        }
-        let ids: Vec<_> = children.iter().map(|(id, ..)| *id).collect();
+        let ids: Vec<_> = waiting.iter().map(|waiting| waiting.id).collect();
         let give_up = |e: ErrorBody| {
             let _ = server.abandon();
             ids.iter().for_each(|id| drop(server.forget(*id)));
             e
         };
+        for (name, waiting) in request.children.iter().zip(waiting) {
+            // Mostly it is already.
+            let adopted =
+                waiting.adopted_by(&serving).map_err(|e| failed(&e).with_hint(format!("it was about '{name}'")));
+            let link = waiting.link.try_clone().map_err(|e| failed(&e));
+            children.push((waiting.id, name.clone(), adopted.and(link).map_err(give_up)?));
+        }
         let prepare_us = micros(started);
         let arming = Instant::now();
         // From now on pages stay that the guest gives back: children will want them.
