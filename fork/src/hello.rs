@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 /// The protocols' version: processes of two versions of Civic do not fork from each other.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Who connects.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

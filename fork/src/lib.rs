@@ -2,11 +2,13 @@
 //!
 //! Nothing here knows devices or what a guest kernel looks like.
 
+pub mod branch;
 pub mod disk;
 pub mod hello;
 pub mod image;
 pub mod lazy;
 pub mod mappings;
+mod pagemap;
 pub mod pager;
 pub mod ram;
 pub mod source;

@@ -24,12 +24,21 @@
 //! generations live, whatever is not protected is in `open`, so that the next arming has only that to protect. As soon as somebody waits to
 //! be forked, [`Pager::arm_ahead`] does it beforehand: until the fork, the source's first write to a page costs it one answer.
 //!
+//! A child that is forked itself brings its own pages, sealed, as a [`Snapshot`]; whatever else its children touch is as it is for the child
+//! (so, mostly, the source's own page):
+//!
+//! ```text
+//!   grandchild ── touches ──▶ in the child's snapshot? copy : in the child's generation's store? copy : R's own page
+//! ```
+//!
 //! Invariants:
 //! * One thread does all of this, so no two answers about a page overlap: a child is never given `R`'s page while it is being kept.
 //! * A page that a generation lacks is protected in the source, or a hole that faults.
 //! * If a generation keeps a page, so does every older one that lives: they lack it together, and it is stored once.
 //! * Faults that were read are all answered before anything else happens: none refers to a state that has passed.
 //! * The source comes first: a child's fault never waits in front of the source's. What a child does can end children, not the source.
+//! * A generation lives as long as a child needs it, or a snapshot that is above it; its disks are needed as long as a process lives that
+//!   began at it, or at one of those: [`Notice::Released`].
 //! * This process never touches guest memory through a mapping: it would wait for its own answer. It reads with `pread(2)`, which
 //!   leaves holes holes.
 //!
@@ -39,12 +48,13 @@ pub mod generation;
 pub mod journal;
 pub mod protocol;
 pub mod server;
+pub mod snapshot;
 pub mod store;
 mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
 
@@ -53,13 +63,14 @@ use serde::{Deserialize, Serialize};
 
 use self::generation::{Generation, Kept, Pages};
 use self::journal::{InFlight, Journal};
+use self::snapshot::{Snapshot, SnapshotError};
 use self::store::{Slot, Store, StoreError};
 use self::streams::Streams;
 use crate::mappings::Mappings;
 use crate::ram::PAGE;
 use crate::uffd::{EventBuffer, Fault, FaultKind, FeatureFlags, IoctlFlags, RegisterMode, UffdError, Userfault};
 
-/// What the source's and the children's userfaultfds must have been opened with.
+/// What the source's userfaultfd must have been opened with.
 pub const FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(
     FeatureFlags::PAGEFAULT_FLAG_WP.bits()
         | FeatureFlags::MISSING_SHMEM.bits()
@@ -68,12 +79,17 @@ pub const FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(
         | 1 << 13, // WP_UNPOPULATED
 );
 
+/// What a child's should: protection that somebody else asks for is lifted at the first write, and nobody is told (Linux 6.7).
+pub const CHILD_FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(FEATURES.bits() | 1 << 15); // WP_ASYNC
+
 /// Protected at a time: whoever writes there meanwhile waits that long. 8 MiB are 60 µs where the design's figures were measured.
 const CHUNK: u64 = 8 << 20;
 /// Pages around a child's fault that are mapped with it.
 const NEIGHBOURS: u32 = 16;
 /// Pages that the next child is given beforehand at most, because the last one needed them.
 const WARM: u32 = 4096;
+/// Most children of a child, as that may be hostile.
+const MOST: usize = 512;
 /// Faults read at a time.
 const EVENTS: usize = 64;
 /// An arming round that leaves this few pages to protect in the pause is the last.
@@ -88,8 +104,10 @@ const CONTINUE: IoctlFlags = IoctlFlags::from_bits_retain(1 << 7);
 
 /// A fork point's number: they count up.
 pub type GenerationId = u32;
-/// A child's number.
-pub type ChildId = u32;
+/// A child's number: chosen by whoever has it adopted, and nobody else's. Below [`CHILDREN`].
+pub type ChildId = u64;
+/// The end of children's numbers.
+pub const CHILDREN: ChildId = 1 << 62;
 
 /// Why the page server cannot go on serving the source. Its children end.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +127,9 @@ pub enum PagerError {
     /// Guest memory cannot be read, or the store not be mapped.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A child's own pages cannot be taken.
+    #[error("the child's own pages cannot be taken")]
+    Snapshot(#[from] SnapshotError),
     /// It cannot be done in this state.
     #[error("the page server is {is}: it cannot {to}")]
     Phase {
@@ -159,6 +180,10 @@ pub enum Notice {
     Gone(ChildId),
     /// The source's process is gone. The children have all of its memory.
     SourceGone,
+    /// Nobody needs what was frozen at this fork point any more, be it memory or disks.
+    Released(GenerationId),
+    /// A child of a child was adopted: with its process.
+    Descendant(ChildId),
     /// No generation is left: nobody needs what the source held.
     Unshared,
     /// Nobody waits any more either, and the source is as it was before.
@@ -218,6 +243,8 @@ enum Of {
     Waiting,
     /// Of this one.
     Generation(GenerationId),
+    /// Of none any more: it has memory of its own now, and only its disks are as they were.
+    Independent,
     /// Of one that was given up. What it touches is not answered, what it has mapped is taken away before it changes; its process is
     /// about to end.
     Lost,
@@ -228,8 +255,67 @@ struct Child {
     uffd: Userfault,
     mappings: Mappings,
     of: Of,
+    /// Of which child it is one; none of the source's own.
+    parent: Option<ChildId>,
+    /// Where it began, once it has.
+    point: Option<GenerationId>,
     /// Pages that it was given, or that were there for it.
     given: Pages,
+}
+
+/// A fork point, as long as somebody lives who began there or later.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    /// Whose it is: a child's, or the source's.
+    owner: Option<ChildId>,
+    /// Where the owner began itself.
+    above: Option<GenerationId>,
+}
+
+/// How a child's memory was when it began.
+struct View<'a> {
+    /// Its parents' own pages, its next parent's first.
+    snapshots: Vec<&'a Snapshot>,
+    generation: &'a Generation,
+    store: &'a Store,
+}
+
+enum Content<'a> {
+    Bytes(&'a [u8]),
+    Zero,
+    /// As it is in the source's memory now.
+    Live,
+}
+
+impl<'a> View<'a> {
+    fn of(
+        snapshots: &'a BTreeMap<GenerationId, Snapshot>,
+        generations: &'a BTreeMap<GenerationId, Generation>,
+        store: &'a Store,
+        mut point: GenerationId,
+    ) -> Option<Self> {
+        let mut own = Vec::new();
+        while let Some(snapshot) = snapshots.get(&point) {
+            own.push(snapshot);
+            point = snapshot.above;
+        }
+        Some(Self { snapshots: own, generation: generations.get(&point)?, store })
+    }
+
+    fn page(&self, page: u32) -> Content<'a> {
+        if let Some(bytes) = self.snapshots.iter().find_map(|snapshot| snapshot.page(page)) {
+            return Content::Bytes(bytes);
+        }
+        match self.generation.get(page) {
+            Kept::Live => Content::Live,
+            Kept::Zero => Content::Zero,
+            Kept::In(slot) => Content::Bytes(self.store.page(slot)),
+        }
+    }
+
+    fn is_live(&self, page: u32) -> bool {
+        self.generation.is_live(page) && !self.snapshots.iter().any(|snapshot| snapshot.has(page))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -257,6 +343,10 @@ pub struct Pager {
     journal: Journal,
     phase: Phase,
     generations: BTreeMap<GenerationId, Generation>,
+    /// Fork points of children.
+    snapshots: BTreeMap<GenerationId, Snapshot>,
+    /// All fork points.
+    points: BTreeMap<GenerationId, Point>,
     last: GenerationId,
     children: BTreeMap<ChildId, Child>,
     /// Pages of `ram` that a child may have mapped.
@@ -274,7 +364,7 @@ pub struct Pager {
     /// There have been generations, and that there are none any more was not told yet.
     sharing: bool,
     events: EventBuffer,
-    notices: VecDeque<Notice>,
+    notices: VecDeque<(Option<ChildId>, Notice)>,
     counters: Counters,
 }
 
@@ -300,6 +390,8 @@ impl Pager {
             journal,
             phase: Phase::Idle,
             generations: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
+            points: BTreeMap::new(),
             last: 0,
             children: BTreeMap::new(),
             shared: Pages::new(pages),
@@ -327,8 +419,8 @@ impl Pager {
         &self.needed
     }
 
-    /// What has happened since this was asked.
-    pub fn notices(&mut self) -> impl Iterator<Item = Notice> {
+    /// What has happened since this was asked, and which child is to hear of it; the source where it is none.
+    pub fn notices(&mut self) -> impl Iterator<Item = (Option<ChildId>, Notice)> {
         std::mem::take(&mut self.notices).into_iter()
     }
 
@@ -337,9 +429,15 @@ impl Pager {
         Counters { shared: self.shared.count().into(), stored: self.store.used().into(), ..self.counters }
     }
 
-    /// Generations alive, with the pages that each keeps in the store.
+    /// Generations of the source that are alive, with the pages that each keeps in the store.
     pub fn generations(&self) -> impl Iterator<Item = (GenerationId, u32)> {
         self.generations.iter().map(|(id, generation)| (*id, generation.slots()))
+    }
+
+    /// The same of a child's, with the pages that it brought.
+    pub fn snapshots(&self, child: ChildId) -> impl Iterator<Item = (GenerationId, u32)> {
+        let own = move |id: &GenerationId| self.points.get(id).is_some_and(|point| point.owner == Some(child));
+        self.snapshots.iter().filter(move |(id, _)| own(id)).map(|(id, snapshot)| (*id, snapshot.count()))
     }
 
     /// The source's userfaultfd, to wait for.
@@ -378,9 +476,14 @@ impl Pager {
     /// As [`Pager::arm`].
     pub fn arm_ahead(&mut self) -> Result<(), PagerError> {
         match self.phase {
-            Phase::Idle | Phase::Disarming { .. } if !self.children.is_empty() => self.watch_source(),
+            Phase::Idle | Phase::Disarming { .. } if self.is_waited_for() => self.watch_source(),
             _ => Ok(()),
         }
+    }
+
+    /// Whether somebody waits to be forked from the source itself.
+    fn is_waited_for(&self) -> bool {
+        self.children.values().any(|child| child.of == Of::Waiting && child.parent.is_none())
     }
 
     fn watch_source(&mut self) -> Result<(), PagerError> {
@@ -412,18 +515,35 @@ impl Pager {
         self.let_go_if_unused();
     }
 
-    /// Adopts a process that waits to become a child. Its memory is `uffd`'s, at `mappings`: a private mapping of the memfd that
-    /// nobody has touched.
+    /// Adopts a process that waits to become a child, of another child or of the source. Its memory is `uffd`'s, at `mappings`: a private
+    /// mapping of the memfd that nobody has touched.
     ///
     /// # Errors
-    /// When its memory has another size.
-    pub fn adopt(&mut self, id: ChildId, uffd: Userfault, mappings: Mappings) -> Result<(), Lost> {
-        if mappings.bytes() != self.pages as u64 * PAGE as u64 {
+    /// When its memory has another size, or its number is somebody's.
+    pub fn adopt(
+        &mut self,
+        id: ChildId,
+        parent: Option<ChildId>,
+        uffd: Userfault,
+        mappings: Mappings,
+    ) -> Result<(), Lost> {
+        if mappings.bytes() != self.bytes() {
             return Err(Lost::Unserved { why: format!("it has {} bytes of memory", mappings.bytes()) });
         }
+        if parent.is_some() && self.children.values().filter(|child| child.parent == parent).count() >= MOST {
+            return Err(Lost::Unserved { why: format!("the fork that it is to be of has {MOST} children") });
+        }
+        if id >= CHILDREN || self.children.contains_key(&id) {
+            return Err(Lost::Unserved { why: format!("its number {id} is not its own") });
+        }
         let given = Pages::new(self.pages);
-        self.children.insert(id, Child { uffd, mappings, of: Of::Waiting, given });
+        self.children.insert(id, Child { uffd, mappings, of: Of::Waiting, parent, point: None, given });
         Ok(())
+    }
+
+    /// Of which child this is one.
+    pub fn parent(&self, id: ChildId) -> Option<ChildId> {
+        self.children.get(&id)?.parent
     }
 
     /// The fork point: every vCPU of the source is parked and every device drained. `children` are those that come of it.
@@ -440,19 +560,58 @@ impl Pager {
         self.last += 1;
         self.generations.insert(self.last, Generation::new(self.pages));
         (self.phase, self.wanted, self.sharing) = (Phase::Armed, false, true);
+        self.begin(Point { owner: None, above: None }, children);
+        Ok(self.last)
+    }
+
+    /// A fork point of a child, whose own pages then are the first `count` of `memfd`.
+    ///
+    /// # Errors
+    /// When it has no fork point itself any more, or brings something else.
+    pub fn freeze_child(
+        &mut self,
+        parent: ChildId,
+        memfd: &File,
+        count: u32,
+        children: &[ChildId],
+    ) -> Result<GenerationId, PagerError> {
+        let Some(Of::Generation(above)) = self.children.get(&parent).map(|child| child.of) else {
+            return Err(PagerError::Phase { is: "not serving it", to: "fork it" });
+        };
+        let snapshot = Snapshot::open(memfd, count, self.pages, above)?;
+        self.last += 1;
+        self.snapshots.insert(self.last, snapshot);
+        self.begin(Point { owner: Some(parent), above: Some(above) }, children);
+        Ok(self.last)
+    }
+
+    /// Those of these who wait for this begin at the last fork point.
+    fn begin(&mut self, point: Point, children: &[ChildId]) {
+        self.points.insert(self.last, point);
         for id in children {
-            let Some(child) = self.children.get_mut(id) else { continue };
-            child.of = Of::Generation(self.last);
+            let child = self.children.get_mut(id);
+            let Some(child) = child.filter(|child| child.of == Of::Waiting && child.parent == point.owner) else {
+                continue;
+            };
+            (child.of, child.point) = (Of::Generation(self.last), Some(self.last));
             self.warming.extend(self.needed.iter().map(|&(first, len)| (*id, first, len)));
         }
         self.drop_unused();
-        Ok(self.last)
+    }
+
+    /// A child has other memory now; its disks are still those of its fork point.
+    pub fn set_independent(&mut self, id: ChildId) {
+        if let Some(child) = self.children.get_mut(&id).filter(|child| child.of != Of::Waiting) {
+            child.of = Of::Independent;
+            self.warming.retain(|(child, ..)| *child != id);
+            self.drop_unused();
+        }
     }
 
     /// A child is gone, or is not wanted any more.
     pub fn forget(&mut self, id: ChildId) {
         let Some(child) = self.children.remove(&id) else { return };
-        if child.of != Of::Waiting {
+        if matches!(child.of, Of::Generation(_)) {
             let mut left = WARM;
             self.needed = child.given.runs(NEIGHBOURS);
             self.needed.retain(|&(_, len)| {
@@ -468,7 +627,7 @@ impl Pager {
     pub fn leave_source(&mut self) {
         if self.source.take().is_some() {
             self.phase = Phase::Armed;
-            self.notices.push_back(Notice::SourceGone);
+            self.notices.push_back((None, Notice::SourceGone));
         }
     }
 
@@ -507,7 +666,7 @@ impl Pager {
         let Some(source) = self.source.as_ref().filter(|source| next < source.mappings.bytes()) else {
             self.phase = Phase::Idle;
             self.open.clear();
-            self.notices.push_back(Notice::Idle { needed: self.needed.clone() });
+            self.notices.push_back((None, Notice::Idle { needed: self.needed.clone() }));
             return Ok(());
         };
         let done = source.uffd.unregister_part(&source.mappings, next, CHUNK);
@@ -646,25 +805,57 @@ impl Pager {
             StoreError::NoMemory(e) => Lost::NoMemory { why: e.to_string() },
             _ => Lost::StoreFull { limit: self.store.limit() },
         };
-        for (id, child) in &mut self.children {
-            if child.of == Of::Generation(oldest) {
+        self.lose_point(oldest, &lost, |of| of != Of::Independent);
+    }
+
+    /// The disks of this fork point are lost: whoever began there, or at one of those who did, must end. `owner` is whose it is.
+    pub fn lose_disks(&mut self, owner: Option<ChildId>, point: GenerationId, why: &str) {
+        if self.points.get(&point).is_some_and(|point| point.owner == owner) {
+            self.lose_point(point, &Lost::Elsewhere { why: why.into() }, |_| true);
+        }
+    }
+
+    fn lose_point(&mut self, point: GenerationId, why: &Lost, whom: impl Fn(Of) -> bool) {
+        let began = |at: Option<GenerationId>| self.above(at).any(|id| id == point);
+        let lost = self.children.iter().filter(|(_, child)| began(child.point) && whom(child.of));
+        let lost: Vec<_> = lost.map(|(id, _)| *id).collect();
+        for id in lost {
+            if let Some(child) = self.children.get_mut(&id).filter(|child| child.of != Of::Lost) {
                 child.of = Of::Lost;
-                self.notices.push_back(Notice::Lost(*id, lost.clone()));
+                self.notices.push_back((child.parent, Notice::Lost(id, why.clone())));
             }
         }
-        let lost = |id: &ChildId| self.children.get(id).is_none_or(|child| child.of == Of::Lost);
-        self.warming.retain(|(id, ..)| !lost(id));
-        self.drop_generation(oldest);
-        self.let_go_if_unused();
+        self.warming.retain(|(id, ..)| self.children.get(id).is_some_and(|child| child.of != Of::Lost));
+        self.drop_unused();
+    }
+
+    /// A fork point, and those above it.
+    fn above(&self, mut point: Option<GenerationId>) -> impl Iterator<Item = GenerationId> {
+        std::iter::from_fn(move || {
+            let id = point?;
+            point = self.points.get(&id)?.above;
+            Some(id)
+        })
     }
 
     /// Drops the generations that no child needs.
     fn drop_unused(&mut self) {
-        let needed = |id: &GenerationId| self.children.values().any(|child| child.of == Of::Generation(*id));
-        let unused: Vec<_> = self.generations.keys().copied().filter(|id| !needed(id)).collect();
+        let points = self.children.values().filter(|child| matches!(child.of, Of::Generation(_)));
+        let needed: BTreeSet<_> = points.flat_map(|child| self.above(child.point)).collect();
+        let unused: Vec<_> = self.generations.keys().copied().filter(|id| !needed.contains(id)).collect();
+        self.snapshots.retain(|id, _| needed.contains(id));
         for id in unused {
             self.drop_generation(id);
         }
+        let began: BTreeSet<_> = self.children.values().flat_map(|child| self.above(child.point)).collect();
+        let notices = &mut self.notices;
+        self.points.retain(|id, point| {
+            let stays = began.contains(id);
+            if !stays {
+                notices.push_back((point.owner, Notice::Released(*id)));
+            }
+            stays
+        });
         self.let_go_if_unused();
     }
 
@@ -678,15 +869,16 @@ impl Pager {
 
     /// Once nobody has anything of the source's, nor waits for it, it is not watched any more, unless the next fork is being made.
     fn let_go_if_unused(&mut self) {
-        if !self.generations.is_empty() || self.children.values().any(|child| child.of != Of::Waiting) {
+        let shares = |child: &Child| matches!(child.of, Of::Generation(_) | Of::Lost);
+        if !self.generations.is_empty() || self.children.values().any(shares) {
             return;
         }
         if std::mem::take(&mut self.sharing) {
-            self.shared = Pages::new(self.pages);
-            self.notices.push_back(Notice::Unshared);
+            self.shared.clear();
+            self.notices.push_back((None, Notice::Unshared));
         }
         let armed = matches!(self.phase, Phase::Arming { .. } | Phase::Ready(_) | Phase::Armed);
-        if armed && !self.wanted && self.children.is_empty() {
+        if armed && !self.wanted && !self.is_waited_for() {
             self.phase = Phase::Disarming { next: 0 };
         }
     }
@@ -716,31 +908,23 @@ impl Pager {
 
     fn child_touches(&mut self, id: ChildId, page: u32, kind: FaultKind) -> Result<(), UffdError> {
         let Some(child) = self.children.get_mut(&id) else { return Ok(()) };
-        let generation = match child.of {
+        let point = match child.of {
             Of::Waiting => return Err(UffdError::Unexpected { event: "a touch of memory before the fork".into() }),
-            Of::Lost => return Ok(()),
-            Of::Generation(id) => id,
+            Of::Lost | Of::Independent => return Ok(()),
+            Of::Generation(point) => point,
         };
-        let Some(generation) = self.generations.get(&generation) else { return Ok(()) };
+        let Some(view) = View::of(&self.snapshots, &self.generations, &self.store, point) else { return Ok(()) };
         child.given.add(page);
-        match generation.get(page) {
-            Kept::In(slot) => {
+        match view.page(page) {
+            Content::Bytes(bytes) => {
                 self.counters.copied += 1;
-                child.uffd.copy(&child.mappings, offset_of(page), self.store.page(slot))
+                child.uffd.copy(&child.mappings, offset_of(page), bytes)
             }
-            Kept::Zero => {
-                self.counters.zeroed += 1;
-                child.uffd.zero(&child.mappings, offset_of(page))
-            }
-            Kept::Live if kind == FaultKind::Missing => {
-                self.counters.zeroed += 1;
-                child.uffd.zero(&child.mappings, offset_of(page))
-            }
-            Kept::Live => {
+            Content::Live if kind != FaultKind::Missing => {
                 let (mut first, mut end) = (page, page + 1);
                 let low = page - page % NEIGHBOURS;
                 let high = (low + NEIGHBOURS).min(self.pages as u32);
-                let wanted = |page: u32| generation.is_live(page) && !child.given.has(page);
+                let wanted = |page: u32| view.is_live(page) && !child.given.has(page);
                 while first > low && wanted(first - 1) {
                     first -= 1;
                 }
@@ -759,18 +943,22 @@ impl Pager {
                 }
                 Ok(())
             }
+            Content::Zero | Content::Live => {
+                self.counters.zeroed += 1;
+                child.uffd.zero(&child.mappings, offset_of(page))
+            }
         }
     }
 
     /// Gives a child pages that the last one needed.
     fn warm(&mut self, id: ChildId, first: u32, len: u32) {
         let Some(child) = self.children.get_mut(&id) else { return };
-        let Of::Generation(generation) = child.of else { return };
-        let Some(generation) = self.generations.get(&generation) else { return };
+        let Of::Generation(point) = child.of else { return };
+        let Some(view) = View::of(&self.snapshots, &self.generations, &self.store, point) else { return };
         let mut done = Ok(());
         let mut page = first;
         while page < first + len {
-            let live = |page: u32| generation.is_live(page) && !child.given.has(page);
+            let live = |page: u32| view.is_live(page) && !child.given.has(page);
             let end = (page..first + len).find(|page| !live(*page)).unwrap_or(first + len);
             for page in page..end {
                 self.shared.add(page);
@@ -790,7 +978,7 @@ impl Pager {
     fn of_child(&mut self, id: ChildId, done: Result<(), UffdError>) -> bool {
         let Err(e) = done else { return true };
         if e.is_gone() {
-            self.notices.push_back(Notice::Gone(id));
+            self.notices.push_back((self.parent(id), Notice::Gone(id)));
             self.forget(id);
         } else if e.is_unwatched() {
             // It is about to end and has unmapped its memory, which has woken who waited there.
@@ -807,7 +995,7 @@ impl Pager {
     pub fn lose(&mut self, id: ChildId, lost: Lost) {
         let Some(child) = self.children.get_mut(&id).filter(|child| child.of != Of::Lost) else { return };
         child.of = Of::Lost;
-        self.notices.push_back(Notice::Lost(id, lost));
+        self.notices.push_back((child.parent, Notice::Lost(id, lost)));
         self.drop_unused();
     }
 
@@ -832,7 +1020,18 @@ impl Pager {
 /// When the kernel cannot.
 pub fn watch_child(uffd: &Userfault, mappings: &Mappings) -> Result<(), UffdError> {
     let needs = IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE | CONTINUE;
-    uffd.register(mappings, RegisterMode::MISSING | RegisterMode::MINOR, needs)
+    uffd.register(mappings, RegisterMode::MISSING | RegisterMode::MINOR | RegisterMode::WRITE_PROTECT, needs)
+}
+
+/// Opens a child's userfaultfd. On a host before Linux 6.7 one by which the child can live, but not be forked itself.
+///
+/// # Errors
+/// When the kernel cannot, or not for us.
+pub fn open_child() -> Result<Userfault, UffdError> {
+    match Userfault::open(CHILD_FEATURES) {
+        Err(UffdError::Lacks { .. }) => Userfault::open(FEATURES),
+        opened => opened,
+    }
 }
 
 fn offset_of(page: u32) -> u64 {

@@ -19,8 +19,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -83,13 +83,54 @@ pub enum Event {
     Ended(String),
 }
 
+/// What a VM that is forked asks of its page server: its own, or the one that serves it as a child.
+pub trait PageService: Send + Sync {
+    /// Makes a process that waits one of its children. `link` leads to that process, `lifeline` is the page server's end of a pair of
+    /// which the child has the other.
+    fn adopt(
+        &self,
+        child: ChildId,
+        link: &Wire,
+        uffd: &Userfault,
+        mappings: Mappings,
+        lifeline: &Wire,
+    ) -> Result<(), SourceError>;
+
+    /// Does what can be done beforehand while the machine runs, as long as there are children that wait. Does not wait for it.
+    fn arm_ahead(&self) -> Result<(), SourceError>;
+
+    /// Does the rest of what can be done while the machine runs. Returns when it may be paused.
+    fn arm(&self) -> Result<Armed, SourceError>;
+
+    /// The fork point: the machine is paused.
+    fn freeze(&self, children: Vec<ChildId>) -> Result<GenerationId, SourceError>;
+
+    /// There will be no fork after all.
+    fn abandon(&self) -> Result<(), SourceError>;
+
+    /// A child is not wanted any more.
+    fn forget(&self, child: ChildId) -> Result<(), SourceError>;
+
+    /// What was frozen of the disks is lost: whoever began there must end.
+    fn lose(&self, generation: GenerationId, why: String) -> Result<(), SourceError>;
+
+    /// The memory is about to be unmapped. The children keep it as it is, and from now on nothing here touches it.
+    fn leave(&self);
+
+    /// What it has done, and the generations that live with the pages that each keeps.
+    fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError>;
+
+    /// Whether it still serves.
+    fn lives(&self) -> bool;
+}
+
 /// A process that is watched by its pidfd.
 #[derive(Debug)]
-struct Process(OwnedFd);
+pub(crate) struct Process(OwnedFd);
 
 impl Process {
     /// The one at the other end of `wire`.
-    fn of(wire: &Wire) -> io::Result<Self> {
+    pub(crate) fn of(wire: &Wire) -> io::Result<Self> {
         let pid = wire.peer()?;
         let process = Self::open(pid)?;
         // Its number could have been another's in the meantime only if it had ended; then the connection is closed.
@@ -104,12 +145,33 @@ impl Process {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
     }
 
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     #[allow(unsafe_code)]
     fn kill(&self) {
         let fd = self.0.as_raw_fd();
         // SAFETY: the call takes its arguments by value, but for the null pointer that stands for "as kill(2) does". One that has
         // ended needs no killing.
         let _ = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, std::ptr::null::<u8>(), 0) };
+    }
+
+    /// One of which another process says that it is a child: that is believed only of a process of the same user as one of `children`,
+    /// which whoever says it could have ended by itself.
+    fn of_another(pidfd: OwnedFd, children: &BTreeMap<ChildId, Self>) -> Option<Self> {
+        let process = Self(pidfd);
+        let user = process.user()?;
+        children.values().any(|child| child.user() == Some(user)).then_some(process)
+    }
+
+    /// Whose it is; none if it has ended.
+    fn user(&self) -> Option<u32> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
+        let pid: u32 = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        let user = std::fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+        // Only now its number was not another's.
+        (!self.ends_by(Instant::now())).then_some(user)
     }
 
     /// Whether it has ended by `deadline`.
@@ -217,90 +279,6 @@ impl PageServer {
         Ok(Self { shared, turn: Mutex::new(()), watchdog: Some(watchdog) })
     }
 
-    /// Makes a process that waits one of its children. `link` leads to that process, `lifeline` is the page server's end of a pair of
-    /// which the child has the other.
-    pub fn adopt(
-        &self,
-        child: ChildId,
-        link: &Wire,
-        uffd: &Userfault,
-        mappings: Mappings,
-        lifeline: &Wire,
-    ) -> Result<(), SourceError> {
-        let process = Process::of(link)?;
-        let adopt = Request::Adopt { child, mappings };
-        let done = match self.ask(&adopt, &[uffd.as_fd(), lifeline.as_fd()], ANSWER)? {
-            Response::Done => Ok(()),
-            other => Err(refusal(other)),
-        };
-        if done.is_ok() {
-            self.shared.inner().adopted.insert(child, process);
-        }
-        done
-    }
-
-    /// Has the memory protected while the machine runs, as long as there are children that wait. Does not wait for it.
-    pub fn arm_ahead(&self) -> Result<(), SourceError> {
-        match self.ask(&Request::ArmAhead, &[], ANSWER)? {
-            Response::Done => Ok(()),
-            other => Err(refusal(other)),
-        }
-    }
-
-    /// Protects what is not protected yet while the machine runs. Returns when it may be paused.
-    pub fn arm(&self) -> Result<Armed, SourceError> {
-        // As long as memory is large; the watchdog sees to it that it does not stop.
-        match self.ask(&Request::Arm, &[], Duration::from_secs(60))? {
-            Response::Armed(armed) => Ok(armed),
-            other => Err(refusal(other)),
-        }
-    }
-
-    /// The fork point: the machine is paused.
-    pub fn freeze(&self, children: Vec<ChildId>) -> Result<GenerationId, SourceError> {
-        self.shared.inner().bear(&children);
-        match self.ask(&Request::Freeze { children }, &[], PAUSED)? {
-            Response::Frozen(generation) => Ok(generation),
-            other => Err(refusal(other)),
-        }
-    }
-
-    /// There will be no fork after all.
-    pub fn abandon(&self) -> Result<(), SourceError> {
-        self.ask(&Request::Abandon, &[], ANSWER).map(drop)
-    }
-
-    /// A child is not wanted any more.
-    pub fn forget(&self, child: ChildId) -> Result<(), SourceError> {
-        self.shared.inner().remove(child);
-        self.ask(&Request::Forget { child }, &[], ANSWER).map(drop)
-    }
-
-    /// A child has lost what it needs besides memory, and must end.
-    pub fn lose(&self, child: ChildId, why: String) -> Result<(), SourceError> {
-        self.ask(&Request::Lose { child, why }, &[], ANSWER).map(drop)
-    }
-
-    /// The memory is about to be unmapped. The children keep it as it is, and from now on nothing here touches it.
-    pub fn leave(&self) {
-        self.shared.inner().left = true;
-        // One that does not hear it any more has no children.
-        let _ = self.ask(&Request::Leave, &[], ANSWER);
-    }
-
-    /// What it has done, and the generations that live with the pages that each keeps.
-    pub fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError> {
-        match self.ask(&Request::Counters, &[], ANSWER)? {
-            Response::Counters(counters, generations) => Ok((counters, generations)),
-            other => Err(refusal(other)),
-        }
-    }
-
-    /// Whether it still serves.
-    pub fn lives(&self) -> bool {
-        self.shared.inner().ended.is_none()
-    }
-
     fn ask(
         &self,
         request: &Request,
@@ -341,7 +319,82 @@ impl PageServer {
     }
 }
 
-fn refusal(response: Response) -> SourceError {
+impl PageService for PageServer {
+    fn adopt(
+        &self,
+        child: ChildId,
+        link: &Wire,
+        uffd: &Userfault,
+        mappings: Mappings,
+        lifeline: &Wire,
+    ) -> Result<(), SourceError> {
+        let process = Process::of(link)?;
+        let adopt = Request::Adopt { child, mappings };
+        let done = match self.ask(&adopt, &[uffd.as_fd(), lifeline.as_fd()], ANSWER)? {
+            Response::Done => Ok(()),
+            other => Err(refusal(other)),
+        };
+        if done.is_ok() {
+            self.shared.inner().adopted.insert(child, process);
+        }
+        done
+    }
+
+    fn arm_ahead(&self) -> Result<(), SourceError> {
+        match self.ask(&Request::ArmAhead, &[], ANSWER)? {
+            Response::Done => Ok(()),
+            other => Err(refusal(other)),
+        }
+    }
+
+    fn arm(&self) -> Result<Armed, SourceError> {
+        // As long as memory is large; the watchdog sees to it that it does not stop.
+        match self.ask(&Request::Arm, &[], Duration::from_secs(60))? {
+            Response::Armed(armed) => Ok(armed),
+            other => Err(refusal(other)),
+        }
+    }
+
+    fn freeze(&self, children: Vec<ChildId>) -> Result<GenerationId, SourceError> {
+        self.shared.inner().bear(&children);
+        match self.ask(&Request::Freeze { children }, &[], PAUSED)? {
+            Response::Frozen(generation) => Ok(generation),
+            other => Err(refusal(other)),
+        }
+    }
+
+    fn abandon(&self) -> Result<(), SourceError> {
+        self.ask(&Request::Abandon, &[], ANSWER).map(drop)
+    }
+
+    fn forget(&self, child: ChildId) -> Result<(), SourceError> {
+        self.shared.inner().remove(child);
+        self.ask(&Request::Forget { child }, &[], ANSWER).map(drop)
+    }
+
+    fn lose(&self, generation: GenerationId, why: String) -> Result<(), SourceError> {
+        self.ask(&Request::Lose { generation, why }, &[], ANSWER).map(drop)
+    }
+
+    fn leave(&self) {
+        self.shared.inner().left = true;
+        // One that does not hear it any more has no children.
+        let _ = self.ask(&Request::Leave, &[], ANSWER);
+    }
+
+    fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError> {
+        match self.ask(&Request::Counters, &[], ANSWER)? {
+            Response::Counters(counters, generations) => Ok((counters, generations)),
+            other => Err(refusal(other)),
+        }
+    }
+
+    fn lives(&self) -> bool {
+        self.shared.inner().ended.is_none()
+    }
+}
+
+pub(crate) fn refusal(response: Response) -> SourceError {
     match response {
         Response::Refused(why) | Response::Failed(why) => SourceError::Refused(why),
         other => SourceError::Refused(format!("it answers {other:?}")),
@@ -419,6 +472,15 @@ impl<F: FnMut(Event)> Watchdog<F> {
         let mut asked = false;
         loop {
             match self.shared.wire.receive::<Response>(PULSE) {
+                Ok((Response::Notice(Notice::Descendant(child)), fds)) => {
+                    let mut inner = self.shared.inner();
+                    let process = fds.into_iter().next().and_then(|fd| Process::of_another(fd, &inner.children));
+                    match process {
+                        // As one that has pages: whether it still waits is its parent's to know, which would end with it.
+                        Some(process) => drop(inner.children.insert(child, process)),
+                        None => tracing::warn!("a fork says that a process is its child that cannot be"),
+                    }
+                }
                 Ok((Response::Notice(notice), _)) => {
                     if let Notice::Gone(child) = &notice {
                         self.shared.inner().remove(*child);

@@ -23,7 +23,7 @@ use serde::de::DeserializeOwned;
 /// Longest message.
 pub const MAX_BYTES: usize = 64 << 10;
 /// Most descriptors with a message.
-pub const MAX_FDS: usize = 16;
+pub const MAX_FDS: usize = 64;
 
 /// Why a message did not come or go.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +115,15 @@ impl Wire {
 
     /// Sends a message. Does not wait for the other end to read it, unless it is far behind.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), WireError> {
+        self.send_with(message, fds, MsgFlags::empty())
+    }
+
+    /// Sends a message to somebody who cannot be trusted to read: fails if it would have to wait.
+    pub fn post(&self, message: &impl Serialize) -> Result<(), WireError> {
+        self.send_with(message, &[], MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn send_with(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>], flags: MsgFlags) -> Result<(), WireError> {
         let bytes = postcard::to_stdvec(message).map_err(|e| WireError::Nonsense(e.to_string()))?;
         if bytes.is_empty() {
             // It could not be told from the end.
@@ -127,7 +136,13 @@ impl Wire {
         let rights = [ControlMessage::ScmRights(&raw)];
         let rights: &[_] = if raw.is_empty() { &[] } else { &rights };
         let sent = loop {
-            match sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&bytes)], rights, MsgFlags::MSG_NOSIGNAL, None) {
+            match sendmsg::<()>(
+                self.0.as_raw_fd(),
+                &[IoSlice::new(&bytes)],
+                rights,
+                MsgFlags::MSG_NOSIGNAL | flags,
+                None,
+            ) {
                 Err(Errno::EINTR) => (),
                 sent => break sent?,
             }
@@ -251,6 +266,15 @@ mod tests {
         drop(here);
         assert!(matches!(there.receive::<u32>(SOON), Err(WireError::Closed)));
         assert!(matches!(there.send(&1u32, &[]), Err(WireError::Closed)));
+    }
+
+    #[test]
+    fn who_does_not_read_is_not_waited_for() {
+        let (here, there) = Wire::pair().unwrap();
+        let refused = (0..1_000_000u32).find_map(|n| here.post(&n).err()).unwrap();
+        assert!(matches!(refused, WireError::System(_)), "{refused}");
+        assert_eq!(there.receive::<u32>(SOON).unwrap().0, 0);
+        here.post(&1u32).unwrap();
     }
 
     #[test]

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use civic_fork::hello::{Hello, Role, VERSION, socket};
 use civic_fork::mappings::Mappings;
-use civic_fork::pager::protocol::LastWord;
+use civic_fork::pager::protocol::Response;
 use civic_fork::pager::{FEATURES, Notice, watch_child};
 use civic_fork::ram::{PAGE, Ram};
-use civic_fork::source::{Event, PATIENCE, PageServer, SourceError};
+use civic_fork::source::{Event, PATIENCE, PageServer, PageService, SourceError};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Listener, Wire, WireError};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -100,7 +100,7 @@ impl Source {
     }
 
     /// Runs a child that waits, and has the page server adopt it.
-    fn child(&self, server: &PageServer, id: u32) -> ForkedChild {
+    fn child(&self, server: &PageServer, id: u64) -> ForkedChild {
         let process = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child_process", "--nocapture"])
             .env("CIVIC_TEST_SOURCE", self.dir.path())
@@ -116,7 +116,7 @@ impl Source {
         ForkedChild { process, link }
     }
 
-    fn fork(&self, server: &PageServer, ids: Vec<u32>) -> Result<(), SourceError> {
+    fn fork(&self, server: &PageServer, ids: Vec<u64>) -> Result<(), SourceError> {
         server.arm()?;
         let parked = self.parked.write().unwrap();
         let done = server.freeze(ids);
@@ -221,8 +221,9 @@ fn child_process() {
     drop((handed, there));
     link.receive::<bool>(SOON).unwrap();
     let end = std::thread::spawn(move || {
-        let why = match here.receive::<LastWord>(Duration::from_secs(120)) {
-            Ok((last, _)) => last.why,
+        let why = match here.receive::<Response>(Duration::from_secs(120)) {
+            Ok((Response::Failed(why), _)) => why,
+            Ok((other, _)) => format!("{other:?}"),
             Err(WireError::Closed) => "the page server has died".into(),
             Err(e) => e.to_string(),
         };
@@ -285,7 +286,7 @@ fn children_die_and_the_source_forgets_them() {
     source.under_load(|| {
         let (server, mut process, events) = source.page_server();
         for round in 0..20 {
-            let ids: Vec<u32> = (round * 3..round * 3 + 3).collect();
+            let ids: Vec<u64> = (round * 3..round * 3 + 3).collect();
             let mut children: Vec<_> = ids.iter().map(|id| source.child(&server, *id)).collect();
             source.fork(&server, ids).unwrap();
             children.iter().for_each(ForkedChild::go);

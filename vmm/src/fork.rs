@@ -22,15 +22,17 @@
 //! a descriptor.
 
 pub mod birth;
+pub mod disks;
 pub mod family;
 pub mod point;
 
 use std::time::Duration;
 
-use civic_fork::disk::FrozenStateV1;
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::GenerationId;
 use serde::{Deserialize, Serialize};
+
+use self::disks::DiskStateV1;
 
 /// How long either waits for the other's next word, where nothing has to happen first.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -47,11 +49,8 @@ pub enum ToChild {
     Registered,
     /// The fork: with the state, in a memfd.
     Go(Go),
-    /// A disk, after [`ToChild::Go`], in the configuration's order: with the descriptors of its files, the image first.
-    Disk {
-        /// What the files are, and how many descriptors each has.
-        files: Vec<(FrozenStateV1, u8)>,
-    },
+    /// A disk, after [`ToChild::Go`], in the configuration's order: with the descriptors of its parts.
+    Disk(DiskStateV1),
     /// Nothing comes of it.
     Refused {
         /// Why.

@@ -17,6 +17,7 @@ use civic_devices::virtio::net::FrameLink;
 use civic_devices::virtio::vsock::{VsockError, VsockListener};
 
 use crate::boot::{BootError, Kernel};
+use crate::fork::disks::ForkedDisk;
 
 /// Bytes of console output kept for clients that attach later.
 const HISTORY_BYTES: usize = 256 << 10;
@@ -85,6 +86,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// By position in the configuration.
     pub disks: Vec<Arc<Disk>>,
+    /// The same of a fork: what they consist of. Of a VM that is none, empty.
+    pub forked_disks: Vec<Arc<ForkedDisk>>,
     /// By position in the configuration, the queues of each.
     pub taps: Vec<Vec<Arc<dyn FrameLink>>>,
     /// Where host programs reach into the guest.
@@ -129,8 +132,16 @@ impl Resources {
             let log = File::create(log_dir.join(format!("{port}.log"))).map_err(ResourceError::Console)?;
             ConsoleHub::new(port, HISTORY_BYTES, Some(log)).map_err(ResourceError::Console)
         };
-        let (disks, taps) = (Vec::new(), Vec::new());
-        Ok(Self { kernel, initrd, disks, taps, vsock, serial: hub(CONSOLE_PORT_SERIAL)?, hvc: hub(CONSOLE_PORT_HVC)? })
+        Ok(Self {
+            kernel,
+            initrd,
+            disks: Vec::new(),
+            forked_disks: Vec::new(),
+            taps: Vec::new(),
+            vsock,
+            serial: hub(CONSOLE_PORT_SERIAL)?,
+            hvc: hub(CONSOLE_PORT_HVC)?,
+        })
     }
 }
 

@@ -35,8 +35,8 @@ use self::forking::PauseRequest;
 use self::saving::{Begin, Meter, Outcome, Saving};
 use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
 use crate::fork::birth::{Born, Lifeline, Link};
+use crate::fork::disks::Freezable;
 use crate::fork::family::Family;
-use crate::fork::point::Freezable;
 use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
 use crate::resources::{CONSOLE_PORT_HVC, Resources};
 use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
@@ -202,7 +202,7 @@ pub struct Supervisor {
     forking: bool,
     /// The disks, once the first fork was wanted.
     freezable: Option<Arc<Vec<Freezable>>>,
-    /// What keeps a forked machine's memory; goes with the machine.
+    /// What keeps a forked machine's memory, and the disks of what it becomes after a reset.
     lifeline: Option<Arc<Lifeline>>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
@@ -247,9 +247,9 @@ impl Supervisor {
         let Born { machine, resources, go, lifeline, link } = born;
         let Embryo { shared, sender, inbox } = embryo;
         let lifeline = Arc::new(lifeline);
-        let (listening, lost) = (Arc::clone(&lifeline), sender.clone());
+        let (listening, lost, family) = (Arc::clone(&lifeline), sender.clone(), Arc::clone(&shared.family));
         let listen = move || {
-            let why = listening.last_word();
+            let why = listening.last_word(|notice| family.heed_branch(notice));
             let _ = lost.send(Message::MemoryLost(why));
             std::thread::sleep(LAST_RESORT);
             std::process::exit(1);
@@ -261,6 +261,7 @@ impl Supervisor {
             let _ =
                 this.sender.send(Message::MemoryLost(format!("there is no thread to listen to its page server: {e}")));
         }
+        let branch = Arc::clone(&lifeline.branch);
         this.lifeline = Some(lifeline);
         if go.paused {
             let mut status = this.shared.status();
@@ -269,6 +270,8 @@ impl Supervisor {
         } else {
             this.start();
         }
+        this.offer();
+        this.shared.family.served_by(branch);
         (this, link)
     }
 
@@ -353,7 +356,7 @@ impl Supervisor {
                     // Its threads may be waiting for memory that never comes: they end with the process.
                     std::mem::forget(self.machine.take());
                     let message = match &self.lifeline {
-                        Some(_) => format!("the fork's memory is lost: {why}"),
+                        Some(_) => format!("what the fork shared is lost: {why}"),
                         None => format!("the saved VM's memory is damaged: {why}"),
                     };
                     error!("{message}");
@@ -617,7 +620,6 @@ impl Supervisor {
         // First give the memory back: two machines may not fit.
         self.shared.family.leave_origin();
         self.machine = None;
-        self.lifeline = None;
         let next = build(&self.shared.config, &mut self.resources, &self.sender, self.boot)
             .map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let mut status = self.shared.status();

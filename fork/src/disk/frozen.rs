@@ -45,6 +45,17 @@ pub struct FrozenParts {
     pub fds: Vec<OwnedFd>,
 }
 
+impl FrozenParts {
+    /// The same again, for another child.
+    ///
+    /// # Errors
+    /// When no more descriptors are to be had.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let fds = self.fds.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?;
+        Ok(Self { state: self.state, fds })
+    }
+}
+
 /// Why parts are no disk.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {

@@ -47,6 +47,17 @@ pub struct OverlayParts {
     pub fds: Vec<OwnedFd>,
 }
 
+impl OverlayParts {
+    /// The same again, for another child.
+    ///
+    /// # Errors
+    /// When no more descriptors are to be had.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let fds = self.fds.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?;
+        Ok(Self { state: self.state, fds })
+    }
+}
+
 /// A disk that can be written and starts as what is under it. Any number of threads may use it.
 pub struct Overlay {
     below: Arc<dyn Bytes>,

@@ -16,6 +16,8 @@
 //!    │   …            Notice, whenever ◀─│─▶ LastWord, then closed      │
 //! ```
 //!
+//! A child asks by its lifeline, in the same words, for what its own children need: [`Request::Adopt`], [`Request::FreezeChild`] and so on.
+//!
 //! Every request but [`Request::Ping`] has one answer, in order; notices come between.
 
 use serde::{Deserialize, Serialize};
@@ -35,7 +37,7 @@ pub enum Request {
         /// What the last child of the source needed first, as runs of pages.
         needed: Vec<(u32, u32)>,
     },
-    /// A child that waits: with its userfaultfd and its lifeline.
+    /// A child that waits: with its userfaultfd and its lifeline; of a child, also with its process.
     Adopt {
         /// Its number.
         child: ChildId,
@@ -51,6 +53,13 @@ pub enum Request {
         /// Their numbers.
         children: Vec<ChildId>,
     },
+    /// A child's fork point, of these children.
+    FreezeChild {
+        /// Their numbers.
+        children: Vec<ChildId>,
+        /// How many pages the child has of its own, in the memfd that comes along; see [`Snapshot`](super::snapshot).
+        pages: u32,
+    },
     /// There will be no fork.
     Abandon,
     /// A child is not wanted any more.
@@ -58,13 +67,15 @@ pub enum Request {
         /// Its number.
         child: ChildId,
     },
-    /// A child has lost what it needs besides memory, and must end.
+    /// What was frozen of the disks at a fork point is lost: its children must end.
     Lose {
-        /// Its number.
-        child: ChildId,
+        /// Which one.
+        generation: GenerationId,
         /// Why.
         why: String,
     },
+    /// From a child: it has other memory now, and its disks are as they were.
+    Independent,
     /// The source has its memory no more. Its children keep it as it is.
     Leave,
     /// What has been done.
@@ -88,13 +99,7 @@ pub enum Response {
     Refused(String),
     /// Not an answer.
     Notice(Notice),
-    /// Not an answer: it cannot go on, and ends.
+    /// Not an answer: it cannot go on, and ends. To a child: that must end. One that hears nothing before its lifeline is closed knows that
+    /// the page server has died.
     Failed(String),
-}
-
-/// What a child hears from the page server before its lifeline is closed; one that hears nothing knows that the page server has died.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastWord {
-    /// Why it cannot go on.
-    pub why: String,
 }

@@ -9,9 +9,9 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::journal::Journal;
-use super::protocol::{LastWord, Request, Response};
+use super::protocol::{Request, Response};
 use super::store::Store;
-use super::{ChildId, Lost, Notice, Pager, PagerError};
+use super::{CHILDREN, ChildId, Notice, Pager, PagerError};
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
 
@@ -54,14 +54,18 @@ pub fn serve(wire: Wire) -> Result<(), ServeError> {
     let mut server = Server::begin(wire)?;
     let ended = server.run();
     if let Err(e) = &ended {
-        let chain = std::iter::successors(Some(e as &dyn std::error::Error), |e| e.source());
-        let why = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        let why = with_causes(e);
         let _ = server.wire.send(&Response::Failed(why.clone()), &[]);
         for lifeline in server.lifelines.values() {
-            let _ = lifeline.send(&LastWord { why: why.clone() }, &[]);
+            let _ = lifeline.post(&Response::Failed(why.clone()));
         }
     }
     ended
+}
+
+fn with_causes(e: &(dyn std::error::Error + 'static)) -> String {
+    let chain = std::iter::successors(Some(e), |e| e.source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Whose descriptor has something.
@@ -73,20 +77,23 @@ enum Token {
     Lifeline(ChildId),
 }
 
+/// Of a token, above the child's number.
+const KIND: u32 = CHILDREN.trailing_zeros();
+
 impl Token {
     fn event(self, flags: EpollFlags) -> EpollEvent {
         let data = match self {
             Self::Wire => 0,
             Self::Source => 1,
-            Self::Memory(child) => 2 << 32 | u64::from(child),
-            Self::Lifeline(child) => 3 << 32 | u64::from(child),
+            Self::Memory(child) => 2 << KIND | child,
+            Self::Lifeline(child) => 3 << KIND | child,
         };
         EpollEvent::new(flags, data)
     }
 
     fn of(event: &EpollEvent) -> Self {
-        let child = event.data() as u32;
-        match (event.data() >> 32, child) {
+        let child = event.data() % CHILDREN;
+        match (event.data() >> KIND, child) {
             (2, child) => Self::Memory(child),
             (3, child) => Self::Lifeline(child),
             (_, 1) => Self::Source,
@@ -145,11 +152,7 @@ impl Server {
                     Token::Source => (),
                     Token::Wire => source_lives = self.hear_source()?,
                     Token::Memory(child) => drop(self.pager.serve_child(child)?),
-                    // A child says nothing: whatever it is, it is its end.
-                    Token::Lifeline(child) => {
-                        self.forget(child);
-                        self.answer(&Response::Notice(Notice::Gone(child)));
-                    }
+                    Token::Lifeline(child) => self.hear_child(child),
                 }
             }
             if self.arming
@@ -187,12 +190,61 @@ impl Server {
         self.pager.leave_source();
     }
 
+    /// Obeys one thing that a child says, if that is for it to say; anything else is its end.
+    fn hear_child(&mut self, child: ChildId) {
+        let Some(lifeline) = self.lifelines.get(&child) else { return };
+        match lifeline.try_receive::<Request>() {
+            Ok(None) => (),
+            Ok(Some((request, fds))) => {
+                let response = self.obey_child(child, request, fds);
+                self.tell_child(child, &response);
+            }
+            Err(_) => self.end(child),
+        }
+    }
+
+    fn obey_child(&mut self, owner: ChildId, request: Request, fds: Vec<OwnedFd>) -> Response {
+        let refused = |e: &dyn std::fmt::Display| Response::Refused(e.to_string());
+        let is_its = |pager: &Pager, child| pager.parent(child) == Some(owner);
+        match request {
+            Request::Adopt { child, mappings } => {
+                self.adopt(child, Some(owner), mappings, fds).map_or_else(Response::Refused, |()| Response::Done)
+            }
+            Request::FreezeChild { children, pages } => {
+                let Some(memfd) = fds.into_iter().next().map(File::from) else {
+                    return refused(&"the pages are missing");
+                };
+                let frozen = self.pager.freeze_child(owner, &memfd, pages, &children);
+                frozen.map_or_else(|e| refused(&with_causes(&e)), Response::Frozen)
+            }
+            Request::Forget { child } if is_its(&self.pager, child) => {
+                self.forget(child);
+                Response::Done
+            }
+            // It may have gone meanwhile.
+            Request::Forget { .. } => Response::Done,
+            Request::Lose { generation, why } => {
+                self.pager.lose_disks(Some(owner), generation, &why);
+                Response::Done
+            }
+            Request::Independent => {
+                if let Some(uffd) = self.pager.child(owner) {
+                    let _ = self.epoll.delete(uffd);
+                }
+                self.pager.set_independent(owner);
+                Response::Done
+            }
+            Request::Counters => Response::Counters(self.pager.counters(), self.pager.snapshots(owner).collect()),
+            _ => Response::Refused("this is not a child's to ask for".into()),
+        }
+    }
+
     fn obey(&mut self, request: Request, fds: Vec<OwnedFd>) {
         let refused = |e: &dyn std::fmt::Display| Response::Refused(e.to_string());
         let response = match request {
             Request::Begin { .. } => Response::Refused("it has begun already".into()),
             Request::Adopt { child, mappings } => {
-                self.adopt(child, mappings, fds).map_or_else(Response::Refused, |()| Response::Done)
+                self.adopt(child, None, mappings, fds).map_or_else(Response::Refused, |()| Response::Done)
             }
             Request::ArmAhead => self.pager.arm_ahead().map_or_else(|e| refused(&e), |()| Response::Done),
             Request::Arm => match self.pager.arm() {
@@ -212,8 +264,8 @@ impl Server {
                 self.forget(child);
                 Response::Done
             }
-            Request::Lose { child, why } => {
-                self.pager.lose(child, Lost::Elsewhere { why });
+            Request::Lose { generation, why } => {
+                self.pager.lose_disks(None, generation, &why);
                 Response::Done
             }
             Request::Leave => {
@@ -221,16 +273,35 @@ impl Server {
                 Response::Done
             }
             Request::Counters => Response::Counters(self.pager.counters(), self.pager.generations().collect()),
+            Request::FreezeChild { .. } | Request::Independent => Response::Refused("it is no child".into()),
             // The pulse has been given.
             Request::Ping => return,
         };
         self.answer(&response);
     }
 
-    fn adopt(&mut self, child: ChildId, mappings: crate::mappings::Mappings, fds: Vec<OwnedFd>) -> Result<(), String> {
-        let [uffd, lifeline]: [OwnedFd; 2] = fds.try_into().map_err(|_| "descriptors are missing")?;
+    fn adopt(
+        &mut self,
+        child: ChildId,
+        parent: Option<ChildId>,
+        mappings: crate::mappings::Mappings,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), String> {
+        let mut fds = fds.into_iter();
+        let (Some(uffd), Some(lifeline)) = (fds.next(), fds.next()) else {
+            return Err("descriptors are missing".into());
+        };
+        let process = fds.next();
         let uffd = Userfault::of_another(uffd).map_err(|e| e.to_string())?;
-        self.pager.adopt(child, uffd, mappings).map_err(|e| e.to_string())?;
+        self.pager.adopt(child, parent, uffd, mappings).map_err(|e| e.to_string())?;
+        if parent.is_some() {
+            // The source hears of it before its parent does: it may have to end it.
+            let Some(process) = process else {
+                self.pager.forget(child);
+                return Err("its process is missing".into());
+            };
+            let _ = self.wire.send(&Response::Notice(Notice::Descendant(child)), &[process.as_fd()]);
+        }
         let lifeline = Wire::from(lifeline);
         let memory =
             self.pager.child(child).map(|uffd| self.epoll.add(uffd, Token::Memory(child).event(EpollFlags::EPOLLIN)));
@@ -241,6 +312,13 @@ impl Server {
             return Err(e.to_string());
         }
         Ok(())
+    }
+
+    /// A child has ended.
+    fn end(&mut self, child: ChildId) {
+        let parent = self.pager.parent(child);
+        self.forget(child);
+        self.pass_on(parent, Notice::Gone(child));
     }
 
     fn forget(&mut self, child: ChildId) {
@@ -256,22 +334,44 @@ impl Server {
 
     /// Passes on what has happened.
     fn tell(&mut self) {
-        let notices: Vec<_> = self.pager.notices().collect();
-        for notice in notices {
-            match &notice {
-                Notice::Lost(child, lost) => {
-                    // It waits in vain from now on; that it has ended is noticed by its lifeline.
-                    if let Some(uffd) = self.pager.child(*child) {
-                        let _ = self.epoll.delete(uffd);
-                    }
-                    if let Some(lifeline) = self.lifelines.get(child) {
-                        let _ = lifeline.send(&LastWord { why: lost.to_string() }, &[]);
-                    }
-                }
-                Notice::Gone(child) => self.forget(*child),
-                Notice::SourceGone | Notice::Unshared | Notice::Idle { .. } => (),
+        loop {
+            let notices: Vec<_> = self.pager.notices().collect();
+            if notices.is_empty() {
+                return;
             }
-            self.answer(&Response::Notice(notice));
+            for (owner, notice) in notices {
+                match &notice {
+                    Notice::Lost(child, lost) => {
+                        // It waits in vain from now on; that it has ended is noticed by its lifeline.
+                        if let Some(uffd) = self.pager.child(*child) {
+                            let _ = self.epoll.delete(uffd);
+                        }
+                        self.tell_child(*child, &Response::Failed(lost.to_string()));
+                    }
+                    Notice::Gone(child) => self.forget(*child),
+                    _ => (),
+                }
+                self.pass_on(owner, notice);
+            }
+        }
+    }
+
+    /// Tells a child, or the source, of something; the source hears of every end.
+    fn pass_on(&mut self, owner: Option<ChildId>, notice: Notice) {
+        let Some(child) = owner else { return self.answer(&Response::Notice(notice)) };
+        if matches!(notice, Notice::Gone(_)) {
+            self.answer(&Response::Notice(notice.clone()));
+        }
+        self.tell_child(child, &Response::Notice(notice));
+    }
+
+    /// Tells a child something. One that has not read what it was told for long is given up.
+    fn tell_child(&mut self, child: ChildId, response: &Response) {
+        let Some(lifeline) = self.lifelines.get(&child) else { return };
+        match lifeline.post(response) {
+            // Its end is still to be heard.
+            Ok(()) | Err(WireError::Closed) => (),
+            Err(_) => lifeline.shut_down(),
         }
     }
 

@@ -68,6 +68,12 @@ impl Served {
         }
     }
 
+    /// The next that is no mere release.
+    fn notice(&self) -> Notice {
+        let notice = || self.notices.recv_timeout(Duration::from_secs(20)).unwrap();
+        std::iter::repeat_with(notice).find(|notice| !matches!(notice, Notice::Released(_))).unwrap()
+    }
+
     fn wait_idle(&self) {
         while !matches!(self.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Idle { .. }) {}
     }
@@ -112,7 +118,7 @@ fn serve(mut pager: Pager, wake: &EventFd, inbox: &Receiver<Job>, tell: &Sender<
                 }
             }
         }
-        for notice in pager.notices() {
+        for (_, notice) in pager.notices() {
             let _ = tell.send(notice);
         }
     }
@@ -198,12 +204,17 @@ const OWN: u32 = u32::MAX;
 impl Fork {
     /// A child that waits, adopted.
     fn wait(machine: &Machine, served: &Served, id: ChildId) -> Self {
+        Self::wait_for(machine, served, id, None)
+    }
+
+    /// One that waits for another child, or for the machine.
+    fn wait_for(machine: &Machine, served: &Served, id: ChildId, parent: Option<ChildId>) -> Self {
         let memory = testing::private(machine.ram.memfd(), &machine.regions);
         let mappings = Mappings::of_private(&memory).unwrap();
-        let uffd = Userfault::open(FEATURES).unwrap();
+        let uffd = open_child().unwrap();
         watch_child(&uffd, &mappings).unwrap();
         let handed = Userfault::of_another(uffd.try_clone().unwrap()).unwrap();
-        served.ask(move |pager| pager.adopt(id, handed, mappings)).unwrap();
+        served.ask(move |pager| pager.adopt(id, parent, handed, mappings)).unwrap();
         Self { id, memory, regions: machine.regions.clone(), versions: vec![], _uffd: uffd }
     }
 
@@ -344,7 +355,7 @@ fn generations_overlap_and_share_what_they_keep() {
     under_writes(&machine, 2, || {
         for id in 3..40 {
             children.push(Fork::of(&machine, &served, id));
-            let mut random = Random(u64::from(id) + 5);
+            let mut random = Random(id + 5);
             for _ in 0..200 {
                 let child = random.below(children.len() as u64) as usize;
                 let page = random.below(512) as u32;
@@ -420,7 +431,7 @@ fn what_is_armed_ahead_is_a_forks_and_is_let_go_with_the_last_who_waits() {
     (0..1024).for_each(|page| first[0].check(page));
     // The first child ends, the second still waits: what it is forked from is later.
     served.ask(|pager| pager.forget(1));
-    assert_eq!(served.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Unshared);
+    assert_eq!(served.notice(), Notice::Unshared);
     Fork::all(&machine, &served, second);
     (0..1024).step_by(2).for_each(|page| machine.write(page));
     (0..1024).for_each(|page| second[0].check(page));
@@ -434,6 +445,113 @@ fn what_is_armed_ahead_is_a_forks_and_is_let_go_with_the_last_who_waits() {
     let before = served.ask(|pager| pager.counters());
     (0..1024).for_each(|page| machine.write(page));
     assert_eq!(served.ask(|pager| pager.counters()), before, "nothing waits any more");
+}
+
+/// A child's own pages, as it brings them: those that `versions` says are not as they were.
+fn own_pages(child: &Fork) -> (File, u32) {
+    let own: Vec<u32> = (0..child.versions.len() as u32).filter(|page| child.versions[*page as usize] == OWN).collect();
+    let flags = nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING;
+    let memfd = File::from(nix::sys::memfd::memfd_create(c"own", flags).unwrap());
+    for (place, page) in own.iter().enumerate() {
+        let mut bytes = [0; PAGE];
+        child.memory.read_slice(&mut bytes, address(&child.regions, *page)).unwrap();
+        memfd.write_all_at(&bytes, place as u64 * P).unwrap();
+    }
+    let numbers: Vec<u8> = own.iter().flat_map(|page| page.to_le_bytes()).collect();
+    memfd.write_all_at(&numbers, own.len() as u64 * P).unwrap();
+    nix::fcntl::fcntl(&memfd, nix::fcntl::FcntlArg::F_ADD_SEALS(snapshot::SEALS)).unwrap();
+    (memfd, own.len() as u32)
+}
+
+/// Forks a child, which has stopped.
+fn fork_child(machine: &Machine, served: &Served, child: &Fork, id: ChildId) -> Fork {
+    let mut fork = Fork::wait_for(machine, served, id, Some(child.id));
+    let (memfd, count) = own_pages(child);
+    let parent = child.id;
+    served.ask(move |pager| pager.freeze_child(parent, &memfd, count, &[id])).unwrap();
+    fork.versions.clone_from(&child.versions);
+    fork
+}
+
+#[test]
+fn forks_of_forks_see_their_parents_fork_point_and_outlive_them() {
+    let machine = Machine::new(&[700 * P, 324 * P]);
+    (0..machine.pages()).filter(|page| page % 5 != 0).for_each(|page| machine.write(page));
+    let served = Served::new(&machine.ram, 1 << 20);
+    under_writes(&machine, 2, || {
+        for round in 0..8 {
+            let id = round * 10;
+            let mut child = Fork::of(&machine, &served, id);
+            let mut random = Random(round + 3);
+            let mut some = |child: &mut Fork, n| {
+                for _ in 0..n {
+                    let page = random.below(1024) as u32;
+                    child.check(page);
+                    child.write(page);
+                }
+            };
+            some(&mut child, 100);
+            let mut first = fork_child(&machine, &served, &child, id + 1);
+            some(&mut child, 100);
+            some(&mut first, 100);
+            let second = fork_child(&machine, &served, &first, id + 2);
+            let third = fork_child(&machine, &served, &child, id + 3);
+            // Its parent's parent goes on, its parents end.
+            some(&mut first, 50);
+            assert_eq!(served.ask(|pager| (pager.generations().count(), pager.snapshots.len())), (1, 3));
+            (0..1024).for_each(|page| first.check(page));
+            served.ask(move |pager| pager.forget(id));
+            drop(child);
+            served.ask(move |pager| pager.forget(id + 1));
+            drop(first);
+            assert_eq!(served.ask(|pager| (pager.generations().count(), pager.snapshots.len())), (1, 3));
+            (0..1024).rev().for_each(|page| second.check(page));
+            served.ask(move |pager| pager.forget(id + 2));
+            drop(second);
+            // What only the second needed is gone.
+            assert_eq!(served.ask(|pager| (pager.generations().count(), pager.snapshots.len())), (1, 1));
+            (0..1024).for_each(|page| third.check(page));
+            served.ask(move |pager| pager.forget(id + 3));
+            served.wait_idle();
+        }
+    });
+    assert_eq!(served.ask(|pager| (pager.points.len(), pager.counters().stored)), (0, 0));
+}
+
+#[test]
+fn who_began_at_a_lost_fork_point_is_lost_and_who_has_other_memory_is_not() {
+    let machine = Machine::new(&[256 * P]);
+    (0..256).for_each(|page| machine.write(page));
+    let served = Served::new(&machine.ram, 100);
+    let child = Fork::of(&machine, &served, 1);
+    let rebooted = Fork::of(&machine, &served, 2);
+    let _fork = fork_child(&machine, &served, &child, 3);
+    let _fork_of_rebooted = fork_child(&machine, &served, &rebooted, 4);
+    served.ask(|pager| pager.set_independent(2));
+    served.ask(|pager| {
+        assert!(pager.freeze_child(2, &testing::memfd(0), 0, &[]).is_err());
+        // Somebody else's fork point is not its to give up.
+        pager.lose_disks(Some(3), 1, "x");
+    });
+    (0..256).for_each(|page| machine.write(page));
+    let heard: Vec<_> =
+        std::iter::from_fn(|| served.notices.recv_timeout(Duration::from_secs(20)).ok()).take(3).collect();
+    let lost = Lost::StoreFull { limit: 100 };
+    for id in [1, 3, 4] {
+        assert!(heard.contains(&Notice::Lost(id, lost.clone())), "{heard:?}");
+    }
+    // Its disks are another matter.
+    let why = "gone".to_owned();
+    served.ask(|pager| pager.lose_disks(None, 2, "gone"));
+    assert_eq!(served.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Lost(2, Lost::Elsewhere { why }));
+    for id in [3, 1, 4, 2] {
+        served.ask(move |pager| pager.forget(id));
+    }
+    let heard: Vec<_> =
+        std::iter::from_fn(|| served.notices.recv_timeout(Duration::from_secs(20)).ok()).take(6).collect();
+    for point in 1..=4 {
+        assert!(heard.contains(&Notice::Released(point)), "{heard:?}");
+    }
 }
 
 #[test]
@@ -472,7 +590,7 @@ fn the_oldest_fork_goes_when_the_store_is_full_and_sees_nothing_new() {
     // 40 more fit; the next costs the older one its life.
     (60..101).for_each(|page| machine.write(page));
     let lost = Lost::StoreFull { limit: 100 };
-    assert_eq!(served.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Lost(1, lost.clone()));
+    assert_eq!(served.notice(), Notice::Lost(1, lost.clone()));
     (60..101).for_each(|page| new.check(page));
     // Until it has ended, the lost one sees nothing that was written since: what changes is taken away from it first.
     (200..240).for_each(|page| machine.write(page));
@@ -484,7 +602,7 @@ fn the_oldest_fork_goes_when_the_store_is_full_and_sees_nothing_new() {
     served.ask(|pager| pager.forget(1));
     // The last one too: then nothing is kept, and the source has not waited.
     (0..512).for_each(|page| machine.write(page));
-    assert_eq!(served.notices.recv_timeout(Duration::from_secs(20)).unwrap(), Notice::Lost(2, lost));
+    assert_eq!(served.notice(), Notice::Lost(2, lost));
     served.ask(|pager| pager.forget(2));
     served.wait_idle();
     (0..512).for_each(|page| machine.check(page));

@@ -559,18 +559,21 @@ impl Vm {
 
     /// Starts a page server for this VM, if it has none. Its process id.
     pub fn page_server(&self) -> u32 {
-        let mut servers = self.page_servers.borrow_mut();
+        self.want_page_server();
+        self.page_servers.borrow().last().expect("a test starts page servers by this, for a VM that is no fork").0.id()
+    }
+
+    fn want_page_server(&self) {
         if !self.info().family.page_server {
             let log = File::options().append(true).open(&self.log).expect("the log is there");
             let server = Command::new(binary("civic-pager")).arg(self.dir()).stderr(log).spawn();
-            servers.push(Process(server.expect("a page server can be started")));
+            self.page_servers.borrow_mut().push(Process(server.expect("a page server can be started")));
         }
-        servers.last().expect("a test starts page servers by this").0.id()
     }
 
     /// Forks this VM: those who wait live.
     pub fn fork(&self, waiting: Vec<Waiting>, paused: bool) -> (ForkReport, Vec<Vm>) {
-        self.page_server();
+        self.want_page_server();
         let children = waiting.iter().map(|waiting| waiting.name().to_owned()).collect();
         match self.try_fork(ForkRequest { children, paused }) {
             Ok(report) => {

@@ -2,6 +2,8 @@
 
 use civic_api::{ErrorCode, ForkRequest, VmState};
 use civic_tests::bare::vm::{Setup, Vm};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::pausing::{LINE_LEN, hammer};
 
@@ -79,6 +81,65 @@ fn paused_children_of_one_fork_wait_to_be_resumed() {
 }
 
 #[test]
+fn a_fork_is_forked_and_its_children_outlive_it_and_its_source() {
+    let mut source = Setup::new(&hammer()).cpus(2).boot();
+    source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
+    let (_, mut children) = source.fork(vec![source.waiting("child")], false);
+    let mut child = children.remove(0);
+    let at_fork = count(&mut child, 20);
+    for round in 1..=2 {
+        let names = [format!("a{round}"), format!("b{round}")];
+        let (report, mut grandchildren) = child.fork(names.iter().map(|name| child.waiting(name)).collect(), false);
+        assert_eq!(report.generation, round);
+        let parent = grandchildren[0].info().family.parent.unwrap();
+        assert_eq!((parent.name.as_str(), parent.generation), ("child", round));
+        assert_eq!(child.info().family.children.len(), 2);
+        // The source knows its own children only.
+        assert_eq!(source.info().family.children.len(), 1);
+        let first: Vec<_> = grandchildren.iter_mut().map(|vm| count(vm, 20)).collect();
+        assert!(first[0] == first[1] && first[0] > at_fork + 19, "{first:?}");
+        grandchildren.iter().for_each(Vm::kill);
+        assert!(grandchildren.iter_mut().all(|vm| vm.ended().success()));
+        child.until("its children to be forgotten", |vm| vm.info().family.children.is_empty());
+    }
+    let (_, mut grandchildren) = child.fork(vec![child.waiting("grandchild")], false);
+    let grandchild = &mut grandchildren[0];
+    child.kill();
+    assert!(child.ended().success());
+    count(grandchild, 20);
+    source.until("the child to be forgotten", |vm| vm.info().family.children.is_empty());
+    count(&mut source, 20);
+    source.kill();
+    assert!(source.ended().success());
+    count(grandchild, 20);
+    // And one that has neither can still be forked.
+    let (_, mut last) = grandchild.fork(vec![grandchild.waiting("last")], false);
+    grandchild.kill();
+    assert!(grandchild.ended().success());
+    count(&mut last[0], 20);
+    last[0].kill();
+    assert!(last[0].ended().success());
+}
+
+#[test]
+fn all_forks_end_with_their_page_server_and_the_source_goes_on() {
+    let mut source = Setup::new(&hammer()).cpus(2).boot();
+    source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
+    let (_, mut children) = source.fork(vec![source.waiting("child")], false);
+    let child = &mut children[0];
+    let (_, mut grandchildren) = child.fork(vec![child.waiting("grandchild")], false);
+    count(&mut grandchildren[0], 20);
+    kill(Pid::from_raw(source.page_server() as i32), Signal::SIGKILL).unwrap();
+    for vm in [&mut grandchildren[0], child] {
+        assert!(!vm.ended_badly().0.success());
+    }
+    count(&mut source, 20);
+    source.until("its children to be forgotten", |vm| vm.info().family == civic_api::Family::default());
+    let (_, mut children) = source.fork(vec![source.waiting("another")], false);
+    count(&mut children[0], 20);
+}
+
+#[test]
 fn a_monitor_that_waits_says_so_and_can_be_ended() {
     let source = Setup::new(&hammer()).boot();
     for end in ["stop", "kill", "source"] {
@@ -121,9 +182,7 @@ fn what_cannot_be_forked_is_refused_with_a_reason() {
     drop(waiting);
     source.until("nobody waits", |vm| vm.info().family.waiting.is_empty());
     let (_, children) = source.fork(vec![source.waiting("y")], false);
-    // A fork of a fork is not there yet, and says so; nor can it be saved.
-    let error = children[0].try_fork(ForkRequest { children: vec!["z".into()], paused: false }).unwrap_err();
-    assert!(error.to_string().contains("fork itself"), "{error}");
+    // A fork cannot be saved yet, and says so.
     let error = children[0].try_save("s", civic_api::AfterSave::Resume).unwrap_err();
     assert!(error.to_string().contains("cannot be saved"), "{error}");
 }

@@ -89,3 +89,30 @@ fn source_and_children_find_what_they_wrote() {
     }
     rounds(&mut source, 2);
 }
+
+#[test]
+fn forks_of_forks_find_what_they_wrote() {
+    let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
+    let mut source = Setup::new(&counting()).cpus(CPUS).boot();
+    rounds(&mut source, 2);
+    for n in 0..forks {
+        // Each of them goes on while the next is made, and ends while that lives.
+        let (_, mut line) = source.fork(vec![source.waiting(&format!("child{n}"))], false);
+        for depth in 0..3 {
+            let parent = line.last_mut().unwrap();
+            rounds(parent, 1);
+            let (report, children) = parent.fork(vec![parent.waiting(&format!("child{n}-{depth}"))], false);
+            println!("{n}, {depth}: {:?}", report.stages);
+            line.extend(children);
+            rounds(&mut source, 1);
+        }
+        while !line.is_empty() {
+            line.iter_mut().for_each(|vm| rounds(vm, 1));
+            let mut first = line.remove(0);
+            first.kill();
+            assert!(first.ended().success());
+            rounds(&mut source, 1);
+        }
+    }
+    rounds(&mut source, 2);
+}

@@ -12,15 +12,13 @@ use std::time::Duration;
 
 use civic_api::launch::ForkConfig;
 use civic_api::{ErrorBody, ErrorCode, VmConfig};
-use civic_devices::virtio::block::{Disk, DiskFormat, ReadDisk, WriteDisk, open_frozen};
-use civic_fork::disk::{Bytes, FrozenFile, FrozenParts, Overlay};
+use civic_fork::branch::Branch;
 use civic_fork::hello::{Hello, Role, VERSION};
 use civic_fork::mappings::Mappings;
-use civic_fork::pager::protocol::LastWord;
-use civic_fork::pager::{FEATURES, watch_child};
-use civic_fork::uffd::Userfault;
+use civic_fork::pager::{Notice, open_child, watch_child};
 use civic_fork::wire::{Wire, WireError};
 
+use super::disks::DiskParts;
 use super::{Go, PATIENCE, ToChild, ToSource};
 use crate::clock::monotonic;
 use crate::layout::Layout;
@@ -100,15 +98,18 @@ impl Conceived {
             ErrorBody::from_error(ErrorCode::ForkFailed, e).with_hint("'civic doctor' says what this host lacks")
         };
         let mappings = Mappings::of_private(&memory.ram).map_err(|e| fork_failed(&e))?;
-        let uffd = Userfault::open(FEATURES).map_err(|e| fork_failed(&e))?;
+        let uffd = open_child().map_err(|e| fork_failed(&e))?;
         watch_child(&uffd, &mappings).map_err(|e| fork_failed(&e))?;
-        let (lifeline, there) = Wire::pair().map_err(io_failed("cannot make a lifeline"))?;
+        let (here, there) = Wire::pair().map_err(io_failed("cannot make a lifeline"))?;
+        let branch = Branch::new(here, Arc::clone(&memory.ram)).map_err(|e| fork_failed(&e))?;
+        let lifeline =
+            Lifeline { branch: Arc::new(branch), _uffd: uffd.try_clone().map_err(io_failed("userfaultfd"))? };
         let blank = Machine::unborn(&config, &resources, layout, memory, report)?;
         let handed = uffd.try_clone().map_err(io_failed("cannot hand over a userfaultfd"))?;
         let ready = ToSource::Ready { mappings };
         link.send(&ready, &[handed.as_fd(), there.as_fd()]).map_err(|e| broken(&e))?;
         match link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?.0 {
-            ToChild::Registered => Ok(Unborn { link, uffd, lifeline, blank, overlays, config, resources }),
+            ToChild::Registered => Ok(Unborn { link, lifeline, blank, overlays, config, resources }),
             ToChild::Refused { why } => Err(failed(why)),
             _ => Err(failed("the source says something else than what it should")),
         }
@@ -122,8 +123,7 @@ fn broken(e: &WireError) -> ErrorBody {
 /// A monitor that waits.
 pub struct Unborn {
     link: Wire,
-    uffd: Userfault,
-    lifeline: Wire,
+    lifeline: Lifeline,
     blank: Blank,
     overlays: PathBuf,
     config: VmConfig,
@@ -159,7 +159,7 @@ impl Unborn {
     /// # Errors
     /// When the source is gone, or its state cannot be this machine's. The source has been told.
     pub fn birth(self) -> Result<Born, ErrorBody> {
-        let Self { link, uffd, lifeline, blank, overlays, config, mut resources } = self;
+        let Self { link, lifeline, blank, overlays, config, mut resources } = self;
         let link = Link(link);
         let (go, fds) = match link.0.receive::<ToChild>(Duration::MAX) {
             Ok((ToChild::Go(go), fds)) => (go, fds),
@@ -171,7 +171,12 @@ impl Unborn {
         let made = (|| {
             let mut sections = sections(fds)?;
             for disk in &config.disks {
-                resources.disks.push(Arc::new(frozen_disk(&link.0, disk, &overlays)?));
+                let (message, fds) = link.0.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?;
+                let parts = DiskParts::of(message, fds)
+                    .ok_or_else(|| failed("the source does not tell of a disk as it should"))?;
+                let (disk, forked) = parts.open(disk, &overlays)?;
+                resources.disks.push(Arc::new(disk));
+                resources.forked_disks.push(forked);
             }
             let machine = Machine::born(blank, &config, &resources, &mut sections)?;
             sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
@@ -185,7 +190,6 @@ impl Unborn {
                 return Err(e);
             }
         };
-        let lifeline = Lifeline { wire: lifeline, _uffd: uffd };
         Ok(Born { machine, resources, go, lifeline, link })
     }
 }
@@ -203,19 +207,16 @@ impl Link {
 
 /// As long as this is held, a child's memory is watched and the page server knows that it lives.
 pub struct Lifeline {
-    wire: Wire,
+    /// The page server, to be asked.
+    pub branch: Arc<Branch>,
     /// If it were closed everywhere, who waits for a page would see whatever is there.
-    _uffd: Userfault,
+    _uffd: OwnedFd,
 }
 
 impl Lifeline {
-    /// Waits for the page server's last word, which is this VM's end.
-    pub fn last_word(&self) -> String {
-        match self.wire.receive::<LastWord>(Duration::MAX) {
-            Ok((last, _)) => last.why,
-            Err(WireError::Closed) => "its page server has died".into(),
-            Err(e) => format!("its page server: {e}"),
-        }
+    /// Waits for the page server's last word, which is this VM's end; `event` hears of its own children.
+    pub fn last_word(&self, event: impl FnMut(Notice)) -> String {
+        self.branch.hear(event)
     }
 }
 
@@ -227,80 +228,4 @@ fn sections(fds: Vec<OwnedFd>) -> Result<Sections, ErrorBody> {
         .and_then(|()| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
         .map_err(io_failed("cannot read the state"))?;
     Sections::decode(&bytes).map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))
-}
-
-/// The disk of which the source tells next: what it held at the fork, under what this VM writes.
-fn frozen_disk(link: &Wire, config: &civic_api::DiskConfig, overlays: &Path) -> Result<Disk, ErrorBody> {
-    let (message, fds) = link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?;
-    let ToChild::Disk { files } = message else { return Err(failed("the source does not tell of a disk")) };
-    let told = |e: io::Error| failed(format!("disk '{}' cannot be forked: {e}", config.id));
-    let mut fds = fds.into_iter();
-    let mut frozen: Vec<Arc<dyn ReadDisk>> = Vec::new();
-    for (state, count) in files {
-        let parts = FrozenParts { state, fds: fds.by_ref().take(count.into()).collect() };
-        let file = FrozenFile::open(parts).map_err(|e| told(io::Error::other(e)))?;
-        frozen.push(Arc::new(Frozen(Arc::new(file))));
-    }
-    let format = match config.format {
-        civic_api::DiskFormat::Raw => DiskFormat::Raw,
-        civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
-    };
-    let base = open_frozen(frozen, format).map_err(told)?;
-    let overlay = Overlay::new(Arc::new(Base(base)), overlays).map_err(|e| {
-        told(e).with_hint(format!("'civic fork --overlay-dir' says where its writes go; now {}", overlays.display()))
-    })?;
-    Disk::plugged(Arc::new(Layers(overlay)), config.read_only).map_err(told)
-}
-
-/// A frozen file, as the image formats' reader wants it.
-struct Frozen(Arc<FrozenFile>);
-
-impl ReadDisk for Frozen {
-    fn size(&self) -> io::Result<u64> {
-        self.0.size()
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buffer, offset)
-    }
-}
-
-/// A frozen disk, as an overlay wants it.
-struct Base(Arc<dyn ReadDisk>);
-
-impl Bytes for Base {
-    fn size(&self) -> io::Result<u64> {
-        self.0.size()
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buffer, offset)
-    }
-}
-
-/// An overlay, as the block device wants it.
-struct Layers(Overlay);
-
-impl ReadDisk for Layers {
-    fn size(&self) -> io::Result<u64> {
-        self.0.size()
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buffer, offset)
-    }
-}
-
-impl WriteDisk for Layers {
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_at(bytes, offset)
-    }
-
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.0.zero(offset, len)
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.0.discard(offset, len)
-    }
 }

@@ -7,7 +7,7 @@
 //! Locks: [`Waiting`]'s is held while its page server adopts it, and comes first; `inner` is a leaf, never held while talking with
 //! another process. Page servers' events come on their watchdogs' threads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -16,17 +16,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use civic_api::{ChildVm, ErrorBody, ErrorCode, Family as FamilyInfo, Parent};
+use civic_fork::branch::Branch;
 use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::hello::{Hello, Role, VERSION};
 use civic_fork::mappings::Mappings;
-use civic_fork::pager::{ChildId, Counters, GenerationId, Notice};
+use civic_fork::pager::{CHILDREN, ChildId, Counters, GenerationId, Notice};
 use civic_fork::ram::{PAGE, Ram};
-use civic_fork::source::{Event, PageServer, SourceError};
+use civic_fork::source::{Event, PageServer, PageService, SourceError};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Listener, Wire};
 use tracing::{info, warn};
 
-use super::point::Freezable;
+use super::disks::Freezable;
 use super::{PATIENCE, ToChild, ToSource};
 use crate::memory::Keeper;
 
@@ -37,8 +38,8 @@ const MAX_WAITING: usize = 256;
 
 /// The machine of this boot, as far as a fork needs it.
 pub struct Origin {
-    /// Its RAM.
-    pub ram: Arc<Ram>,
+    /// Its RAM; none if that is a fork's.
+    pub ram: Option<Arc<Ram>>,
     /// The same, for children to read.
     pub read_only: File,
     /// Has pages stay that the guest gives back.
@@ -90,15 +91,16 @@ pub struct Serving {
     /// Tells it from its predecessors.
     number: u32,
     /// The handle.
-    pub server: Arc<PageServer>,
+    pub server: Arc<dyn PageService>,
     /// The machine.
     pub origin: Arc<Origin>,
 }
 
 /// What is frozen for a generation, besides memory.
 struct Frozen {
-    /// The page server's number.
+    /// The page server's number, and what that calls it.
     server: u32,
+    point: GenerationId,
     children: Vec<ChildId>,
     disks: Vec<DiskGeneration>,
 }
@@ -126,10 +128,10 @@ struct Inner {
     waiting: BTreeMap<String, Arc<Waiting>>,
     children: BTreeMap<ChildId, Alive>,
     frozen: BTreeMap<GenerationId, Frozen>,
-    next_child: ChildId,
-    /// Added to what page servers count, each of which begins anew; and the last that came of it.
-    generations: GenerationId,
-    last: GenerationId,
+    /// Released before it was known here what was frozen, by page server and what that calls it.
+    released: BTreeSet<(u32, GenerationId)>,
+    /// How many forks there have been.
+    forks: GenerationId,
     /// Those of the last fork. Watched while something of them is frozen, or is being frozen: so many times.
     disks: Option<Arc<Vec<Freezable>>>,
     pins: u32,
@@ -239,14 +241,14 @@ impl Family {
         let uffd = Userfault::of_another(uffd).map_err(|e| text(&e))?;
         let link = link.try_clone().map_err(|e| text(&e))?;
         let told = link.try_clone().map_err(|e| text(&e))?;
+        let id = child_id().map_err(|e| text(&e))?;
         let mut inner = self.inner();
         inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
         let taken = inner.waiting.contains_key(&name) || inner.children.values().any(|child| child.name == name);
         if taken {
             return Err(format!("a child '{name}' is there already"));
         }
-        inner.next_child += 1;
-        let (id, lifeline, adopted_by) = (inner.next_child, Wire::from(lifeline), Mutex::default());
+        let (lifeline, adopted_by) = (Wire::from(lifeline), Mutex::default());
         inner.waiting.insert(name, Arc::new(Waiting { id, link, uffd, mappings, lifeline, adopted_by }));
         drop(inner);
         told.send(&ToChild::Registered, &[]).map_err(|e| text(&e))
@@ -278,10 +280,7 @@ impl Family {
     }
 
     fn why_not(&self) -> String {
-        match &self.parent {
-            Some(_) => "it is a fork itself: forks of forks are not there yet".into(),
-            None => "there is no machine that could be forked".into(),
-        }
+        "there is no machine that could be forked".into()
     }
 
     /// What the API tells.
@@ -373,7 +372,6 @@ impl Family {
                 self.changed.notify_all();
                 let serving = Serving { number, server: server?, origin };
                 inner.server = Some(serving.clone());
-                inner.generations = inner.last;
                 return Ok(serving);
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -392,14 +390,16 @@ impl Family {
         number: u32,
         needed: Vec<(u32, u32)>,
     ) -> Result<Arc<PageServer>, SourceError> {
-        let limit = u32::try_from(origin.ram.bytes() / PAGE as u64).unwrap_or(u32::MAX);
+        let no_ram = || SourceError::Refused("the memory is another VM's".into());
+        let ram = origin.ram.as_ref().ok_or_else(no_ram)?;
+        let limit = u32::try_from(ram.bytes() / PAGE as u64).unwrap_or(u32::MAX);
         let (family, keeper) = (Arc::downgrade(self), origin.keeper.clone());
         let event = move |event| {
             if let Some(family) = family.upgrade() {
                 family.heed(number, &keeper, event);
             }
         };
-        PageServer::begin(wire, Arc::clone(&origin.ram), limit, needed, patience(), event).map(Arc::new)
+        PageServer::begin(wire, Arc::clone(ram), limit, needed, patience(), event).map(Arc::new)
     }
 
     /// The page server has done all that it was asked before: what it tells from now on is of now.
@@ -412,16 +412,35 @@ impl Family {
         self.inner().idle = false;
     }
 
+    /// This machine is a fork: its children are its parent's page server's too. There is an origin.
+    pub fn served_by(&self, branch: Arc<Branch>) {
+        let mut inner = self.inner();
+        inner.servers += 1;
+        let number = inner.servers;
+        inner.server = inner.origin.clone().map(|origin| Serving { number, server: branch, origin });
+    }
+
+    /// Takes note of what that page server says.
+    pub fn heed_branch(self: &Arc<Self>, notice: Notice) {
+        let serving = {
+            let inner = self.inner();
+            inner.server.iter().chain(&inner.former).find(|serving| serving.origin.ram.is_none()).cloned()
+        };
+        if let Some(serving) = serving {
+            self.heed(serving.number, &serving.origin.keeper, Event::Notice(notice));
+        }
+    }
+
     /// Whether this is the page server of the present machine.
     pub fn serves(&self, serving: &Serving) -> bool {
         self.inner().server.as_ref().is_some_and(|present| present.number == serving.number)
     }
 
-    /// What the VM calls a generation of its present page server.
-    pub fn numbered(&self, generation: GenerationId) -> GenerationId {
+    /// A number for a fork.
+    pub fn next_number(&self) -> GenerationId {
         let mut inner = self.inner();
-        inner.last = inner.generations + generation;
-        inner.last
+        inner.forks += 1;
+        inner.forks
     }
 
     /// These disks are about to be frozen: from now on they are watched.
@@ -438,17 +457,47 @@ impl Family {
         thaw_unused(&inner);
     }
 
-    /// A fork point, kept by `serving`: `disks` stay frozen as long as one of `children` lives.
+    /// A fork point, by its number and what `serving` calls it, which keeps it: `disks` stay frozen until that says that nobody needs them.
     pub fn freeze(
         &self,
         serving: &Serving,
-        generation: GenerationId,
+        (generation, point): (GenerationId, GenerationId),
         children: Vec<ChildId>,
         disks: Vec<DiskGeneration>,
     ) {
+        let frozen = Frozen { server: serving.number, point, children, disks };
+        let unneeded = {
+            let mut inner = self.inner();
+            inner.pins -= 1;
+            // One that has ended meanwhile tells nothing any more.
+            let ended = !inner.server.iter().chain(&inner.former).any(|known| known.number == serving.number);
+            if inner.released.remove(&(serving.number, point)) || ended {
+                thaw_unused(&inner);
+                Some(frozen)
+            } else {
+                inner.frozen.insert(generation, frozen);
+                None
+            }
+        };
+        // Dropped without the lock: it gives back space.
+        drop(unneeded);
+    }
+
+    /// Nobody needs a fork point any more.
+    fn release(&self, server: u32, point: GenerationId) {
+        if self.thaw(server, |frozen| frozen.point == point).is_empty() {
+            // It is being frozen right now.
+            self.inner().released.insert((server, point));
+        }
+    }
+
+    /// Takes what is frozen by this page server and as `which` says. Dropped, it gives back space: not under the lock.
+    fn thaw(&self, server: u32, which: impl Fn(&Frozen) -> bool) -> Vec<Frozen> {
         let mut inner = self.inner();
-        inner.frozen.insert(generation, Frozen { server: serving.number, children, disks });
-        inner.pins -= 1;
+        let thawed = inner.frozen.extract_if(.., |_, frozen| frozen.server == server && which(frozen));
+        let thawed = thawed.map(|(_, frozen)| frozen).collect();
+        thaw_unused(&inner);
+        thawed
     }
 
     /// A child has begun to live.
@@ -462,41 +511,38 @@ impl Family {
 
     /// A child is no more, or never was.
     pub fn remove(&self, child: ChildId) {
-        let ended: Vec<_> = {
-            let mut inner = self.inner();
-            inner.children.remove(&child);
-            inner.waiting.retain(|_, waiting| waiting.id != child);
-            for frozen in inner.frozen.values_mut() {
-                frozen.children.retain(|other| *other != child);
-            }
-            // Dropped without the lock: it gives back space.
-            let ended = inner.frozen.extract_if(.., |_, frozen| frozen.children.is_empty()).collect();
-            thaw_unused(&inner);
-            ended
-        };
-        drop(ended);
+        let mut inner = self.inner();
+        inner.children.remove(&child);
+        inner.waiting.retain(|_, waiting| waiting.id != child);
+        for frozen in inner.frozen.values_mut() {
+            frozen.children.retain(|other| *other != child);
+        }
     }
 
     /// The disks of a fork point are lost: whoever needs them must end. Called by a disk's thread, so another does it.
     pub fn disks_lost(self: &Arc<Self>, why: String) {
         let family = Arc::clone(self);
         let lose = move || {
-            let (servers, lost): (Vec<_>, Vec<_>) = {
+            let lost: Vec<_> = {
                 let inner = family.inner();
+                let servers: BTreeMap<_, _> = inner.server.iter().chain(&inner.former).map(|s| (s.number, s)).collect();
                 let lost = inner.frozen.values().filter(|frozen| frozen.disks.iter().any(|disk| disk.lost().is_some()));
-                (
-                    inner.server.iter().chain(&inner.former).map(|serving| Arc::clone(&serving.server)).collect(),
-                    lost.flat_map(|frozen| frozen.children.clone()).collect(),
-                )
+                let server = |frozen: &Frozen| Some((Arc::clone(&servers.get(&frozen.server)?.server), frozen.point));
+                lost.filter_map(server).collect()
             };
-            for (server, child) in servers.iter().flat_map(|server| lost.iter().map(move |child| (server, child))) {
-                let _ = server.lose(*child, why.clone());
+            for (server, point) in lost {
+                let _ = server.lose(point, why.clone());
             }
         };
         if let Err(e) = std::thread::Builder::new().name("fork-lost".into()).spawn(lose) {
             warn!("cannot tell children that their disks are lost: {e}");
         }
     }
+}
+
+/// A number for a child, which must be nobody else's at a page server that serves children's children too: so many bits at random are.
+fn child_id() -> io::Result<ChildId> {
+    Ok(getrandom::u64()? % CHILDREN)
 }
 
 /// How long a page server may stand still: `CIVIC_PAGER_PATIENCE_MS`, for hosts that are so slow that one which is well may.
@@ -535,7 +581,11 @@ impl Family {
         match event {
             Event::Notice(Notice::Gone(child)) => self.remove(child),
             Event::Notice(Notice::Lost(child, why)) => info!(child, "a child is lost: {why}"),
-            Event::Notice(Notice::SourceGone) => {}
+            Event::Notice(Notice::Released(point)) => {
+                self.release(number, point);
+                self.settle();
+            }
+            Event::Notice(Notice::SourceGone | Notice::Descendant(_)) => {}
             Event::Notice(Notice::Unshared) => {
                 let mut inner = self.inner();
                 if inner.former.iter().all(|serving| serving.number != number) {
@@ -545,30 +595,27 @@ impl Family {
                 self.settle();
             }
             Event::Notice(Notice::Idle { needed }) => {
-                let former = {
-                    let mut inner = self.inner();
-                    let former = inner.former.iter().position(|serving| serving.number == number);
-                    if former.is_none() {
-                        (inner.needed, inner.idle) = (needed, true);
-                    }
-                    former.map(|at| inner.former.swap_remove(at))
-                };
-                dismiss(former);
+                let mut inner = self.inner();
+                if inner.former.iter().all(|serving| serving.number != number) {
+                    (inner.needed, inner.idle) = (needed, true);
+                }
+                drop(inner);
                 self.settle();
             }
             Event::Ended(why) => {
                 warn!("the page server has ended: {why}; all children with it, this VM goes on");
                 keeper.keep(false);
-                let (children, ended): (Vec<_>, Vec<_>) = {
+                let ended: Vec<_> = {
                     let mut inner = self.inner();
-                    let of_it = inner.frozen.values().filter(|frozen| frozen.server == number);
-                    let children = of_it.flat_map(|frozen| frozen.children.clone()).collect();
+                    inner.released.retain(|(server, _)| *server != number);
                     let present = inner.server.take_if(|serving| serving.number == number);
                     let former = inner.former.extract_if(.., |serving| serving.number == number);
-                    (children, former.chain(present).collect())
+                    former.chain(present).collect()
                 };
                 dismiss(ended);
-                children.into_iter().for_each(|child| self.remove(child));
+                for Frozen { children, .. } in self.thaw(number, |_| true) {
+                    children.into_iter().for_each(|child| self.remove(child));
+                }
             }
         }
     }
@@ -576,19 +623,23 @@ impl Family {
     /// Once nothing is shared and nobody is making a fork, what the guest gives back is given back, and the page server goes, unless
     /// somebody waits to be forked.
     fn settle(&self) {
-        let retired = {
+        let retired: Vec<_> = {
             let mut inner = self.inner();
             if inner.making > 0 {
                 return;
             }
+            let Inner { frozen, former, .. } = &mut *inner;
+            let needed = |serving: &Serving| frozen.values().any(|frozen| frozen.server == serving.number);
+            let mut retired: Vec<_> = former.extract_if(.., |serving| !needed(serving)).collect();
             if let Some(serving) = inner.server.as_ref().filter(|_| inner.unshared || inner.idle) {
                 serving.origin.keeper.keep(false);
             }
-            if !inner.idle {
-                return;
-            }
             inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
-            if inner.waiting.is_empty() { inner.server.take() } else { None }
+            // A child that has reset shares no memory, but needs its disks.
+            if inner.idle && inner.waiting.is_empty() && inner.frozen.is_empty() {
+                retired.extend(inner.server.take());
+            }
+            retired
         };
         dismiss(retired);
     }

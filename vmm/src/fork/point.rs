@@ -9,22 +9,19 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use civic_api::{DiskConfig, ErrorBody, ErrorCode, FailedVm, ForkReport, ForkRequest, ForkStages, ForkedVm};
-use civic_devices::virtio::block::{BeforeWrite, Disk};
-use civic_fork::disk::{
-    Freezer, FreezerOptions, FrozenParts, FrozenStateV1, Generation as DiskGeneration, reopen_read_only,
-};
+use civic_api::{ErrorBody, ErrorCode, FailedVm, ForkReport, ForkRequest, ForkStages, ForkedVm};
+use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::pager::{ChildId, GenerationId};
-use civic_fork::source::PageServer;
+use civic_fork::source::PageService;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::info;
 
+use super::disks::Freezable;
 use super::family::{Family, Serving};
 use super::{Go, ToChild, ToSource};
 use crate::clock::monotonic;
@@ -32,88 +29,6 @@ use crate::state::Sections;
 
 /// How long a child may take to live, once it has everything.
 const BIRTH: Duration = Duration::from_secs(30);
-/// Where what the source overwrites on its disks is kept: on a disk, mostly. Without a name, and gone with the last child.
-const STORES: &str = "/var/tmp";
-/// Most bytes kept of a disk.
-const STORE_LIMIT: u64 = 64 << 30;
-
-/// A disk that children are to have as it is at a fork point.
-pub struct Freezable {
-    id: String,
-    disk: Arc<Disk>,
-    /// Its image, frozen anew each time; none for one that nobody writes.
-    freezer: Option<Arc<Freezer>>,
-    /// What else it builds upon, which nobody writes. The image too, if it is read-only.
-    still: Vec<File>,
-}
-
-/// Tells a freezer what a disk is about to overwrite.
-struct Watcher(Arc<Freezer>);
-
-impl BeforeWrite for Watcher {
-    fn before_write(&self, range: Range<u64>) {
-        self.0.before_write(range);
-    }
-
-    fn needs(&self, range: Range<u64>) -> bool {
-        self.0.needs(range)
-    }
-}
-
-impl Freezable {
-    /// Prepares a disk for fork points.
-    ///
-    /// # Errors
-    /// When it is of a kind that cannot be forked, or there is no place for what must be kept of it.
-    pub fn new(config: &DiskConfig, disk: &Arc<Disk>, family: &Arc<Family>) -> Result<Self, ErrorBody> {
-        let told =
-            |e: io::Error| ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be forked: {e}", config.id));
-        let mut files = disk.files().map_err(told)?.into_iter();
-        let image = files.next().ok_or_else(|| told(io::Error::other("it is a fork's itself")))?;
-        let mut still = Vec::new();
-        let freezer = if disk.read_only() {
-            still.push(image);
-            None
-        } else {
-            let options = FreezerOptions { store: STORES.into(), limit: STORE_LIMIT, reflink: None };
-            let (family, id) = (Arc::downgrade(family), config.id.clone());
-            let lost = move |_, why| {
-                if let Some(family) = family.upgrade() {
-                    family.disks_lost(format!("what disk '{id}' held at the fork is lost: {why}"));
-                }
-            };
-            let reader = reopen_read_only(&image).map_err(told)?;
-            Some(Freezer::over_file(reader, options, Box::new(lost)).map_err(told)?)
-        };
-        still.extend(files);
-        Ok(Self { id: config.id.clone(), disk: Arc::clone(disk), freezer, still })
-    }
-
-    /// The fork point. Nothing is in flight.
-    ///
-    /// # Errors
-    /// When its image's metadata cannot be written, or there is no memory.
-    pub fn freeze(&self) -> Result<Option<DiskGeneration>, ErrorBody> {
-        let told =
-            |e: io::Error| ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be frozen: {e}", self.id));
-        let Some(freezer) = &self.freezer else { return Ok(None) };
-        self.disk.write_back().map_err(told)?;
-        let generation = freezer.freeze().map_err(told)?;
-        self.disk.watch(Some(Arc::new(Watcher(Arc::clone(freezer)))));
-        Ok(Some(generation))
-    }
-
-    /// Nothing of it is frozen: its writes are nobody's business.
-    pub fn thaw(&self) {
-        self.disk.watch(None);
-    }
-
-    /// What a child needs to read it.
-    fn parts(&self, generation: Option<&DiskGeneration>) -> io::Result<Vec<FrozenParts>> {
-        let image = generation.map(DiskGeneration::parts);
-        image.into_iter().chain(self.still.iter().map(FrozenParts::of_read_only)).collect()
-    }
-}
 
 /// What the supervisor is asked for: the pause.
 pub struct Pause {
@@ -199,12 +114,12 @@ impl Fork {
         let paused = pause(asked).recv().unwrap_or_else(|_| Err(gone())).map_err(give_up)?;
         let born = Instant::now();
         let Paused { sections, generation, disks: frozen, mut stages, boots, run } = paused;
-        let numbered = family.numbered(generation);
+        let numbered = family.next_number();
         let go = Go { generation: numbered, paused: request.paused, boots, run };
         let sent = hand_over(&children, &sections, &go, &disks, &frozen);
-        family.freeze(&serving, numbered, ids, frozen.into_iter().flatten().collect());
+        family.freeze(&serving, (numbered, generation), ids, frozen.into_iter().flatten().collect());
         if let Err(e) = sent {
-            children.iter().for_each(|(id, ..)| lose(&family, server, *id));
+            children.iter().for_each(|(id, ..)| lose(&family, &**server, *id));
             return Err(ErrorBody::new(ErrorCode::ForkFailed, format!("the state cannot be handed over: {e}")));
         }
         let (mut lives, mut dead) = (Vec::new(), Vec::new());
@@ -221,7 +136,7 @@ impl Fork {
                         Ok(_) => "it says something else than that it lives".into(),
                         Err(e) => e.to_string(),
                     };
-                    lose(&family, server, id);
+                    lose(&family, &**server, id);
                     dead.push(FailedVm { name, message });
                 }
             }
@@ -246,7 +161,7 @@ impl Fork {
     }
 }
 
-fn lose(family: &Family, server: &PageServer, child: ChildId) {
+fn lose(family: &Family, server: &dyn PageService, child: ChildId) {
     let _ = server.forget(child);
     family.remove(child);
 }
@@ -267,9 +182,8 @@ fn hand_over(
         let _ = link.send(&ToChild::Go(go.clone()), &[memfd.as_fd()]);
         for (disk, generation) in disks.iter().zip(frozen) {
             let parts = disk.parts(generation.as_ref())?;
-            let files: Vec<(FrozenStateV1, u8)> = parts.iter().map(|part| (part.state, part.fds.len() as u8)).collect();
-            let fds: Vec<_> = parts.iter().flat_map(|part| part.fds.iter().map(AsFd::as_fd)).collect();
-            let _ = link.send(&ToChild::Disk { files }, &fds);
+            let (message, fds) = parts.message();
+            let _ = link.send(&message, &fds);
         }
     }
     Ok(())

@@ -10,8 +10,9 @@ use civic_fork::ram::Ram;
 use super::{Message, Supervisor, way_out};
 use crate::clock::monotonic;
 use crate::control::{Answer, Command, Reply};
+use crate::fork::disks::Freezable;
 use crate::fork::family::Origin;
-use crate::fork::point::{Fork, Freezable, Pause, Paused};
+use crate::fork::point::{Fork, Pause, Paused};
 use crate::machine::{Machine, effective_mac};
 
 /// A pause that a fork's thread asks for, and where what comes of it goes.
@@ -87,11 +88,6 @@ impl Supervisor {
             let error = ErrorBody::new(ErrorCode::WrongState, format!("cannot fork a VM that is {state}"));
             return Err(error.with_hint(way_out(&Command::Fork(request.clone()), state)));
         }
-        if self.machine.as_ref().is_none_or(Machine::is_forked) {
-            let error =
-                ErrorBody::new(ErrorCode::ForkFailed, "the VM is a fork itself: forks of forks are not there yet");
-            return Err(error.with_hint("fork the VM that it was forked from"));
-        }
         Ok(())
     }
 
@@ -100,9 +96,11 @@ impl Supervisor {
         if let Some(disks) = &self.freezable {
             return Ok(Arc::clone(disks));
         }
-        let disks = self.shared.config.disks.iter().zip(&self.resources.disks);
-        let disks: Result<Vec<_>, _> =
-            disks.map(|(config, disk)| Freezable::new(config, disk, &self.shared.family)).collect();
+        let (resources, family) = (&self.resources, &self.shared.family);
+        let disks = self.shared.config.disks.iter().zip(&resources.disks).enumerate();
+        let disks: Result<Vec<_>, _> = disks
+            .map(|(n, (config, disk))| Freezable::new(config, disk, resources.forked_disks.get(n), family))
+            .collect();
         let disks = Arc::new(disks?);
         self.freezable = Some(Arc::clone(&disks));
         Ok(disks)
@@ -158,15 +156,21 @@ impl Supervisor {
 
     /// From now on the present machine is what children are forked from.
     pub(super) fn offer(&self) {
-        let Some(machine) = self.machine.as_ref().filter(|machine| !machine.is_forked()) else { return };
+        let Some(machine) = &self.machine else { return };
         let memory = machine.memory();
-        let origin = Ram::new(Arc::clone(&memory.ram)).map_err(|e| e.to_string()).and_then(|ram| {
-            let read_only = memory.read_only().map_err(|e| e.to_string())?;
-            Ok(Origin { ram: Arc::new(ram), read_only, keeper: memory.keeper() })
-        });
+        let origin = (|| {
+            // A fork's children read what it reads; what they need of its own is copied for them.
+            let (ram, read_only) = if machine.is_forked() {
+                (None, memory.memfd.try_clone().map_err(|e| e.to_string())?)
+            } else {
+                let ram = Ram::new(Arc::clone(&memory.ram)).map_err(|e| e.to_string())?;
+                (Some(Arc::new(ram)), memory.read_only().map_err(|e| e.to_string())?)
+            };
+            Ok(Origin { ram, read_only, keeper: memory.keeper() })
+        })();
         match (origin, serde_json::to_string(&self.inherited())) {
             (Ok(origin), Ok(config)) => self.shared.family.set_origin(origin, config),
-            (Err(why), _) => tracing::warn!("this VM cannot be forked: {why}"),
+            (Err::<_, String>(why), _) => tracing::warn!("this VM cannot be forked: {why}"),
             (_, Err(e)) => tracing::warn!("this VM cannot be forked: {e}"),
         }
     }

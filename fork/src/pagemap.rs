@@ -1,0 +1,171 @@
+//! Which pages of a private mapping are the process's own, and which of those it has written since it was asked last: `PAGEMAP_SCAN`
+//! (Linux 6.7), on memory whose userfaultfd lifts write protection by itself.
+//!
+//! The kernel reports a page as written as long as it is not protected, and protects what it reports in the same step: whoever copies
+//! a page after it was reported, and asks again until nothing is left, has all of it.
+//!
+//! `Documentation/admin-guide/mm/pagemap.rst`, `include/uapi/linux/fs.h`.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::mappings::{Hva, Mappings};
+use crate::ram::PAGE;
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<Region>() == 24);
+
+const WP_MATCHING: u64 = 1 << 0;
+const CHECK_WPASYNC: u64 = 1 << 1;
+const WRITTEN: u64 = 1 << 1;
+const FILE: u64 = 1 << 2;
+const PRESENT: u64 = 1 << 3;
+const SWAPPED: u64 = 1 << 4;
+const PFNZERO: u64 = 1 << 5;
+
+/// Regions reported at a time.
+const REGIONS: usize = 1024;
+
+mod ioctl {
+    #![allow(missing_docs, clippy::undocumented_unsafe_blocks)] // nix's macro writes the function.
+
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, super::ScanArg);
+}
+
+/// This process's page table, to be asked.
+#[derive(Debug)]
+pub struct PageMap(File);
+
+impl PageMap {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When there is no /proc, or not for us.
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
+    }
+
+    /// The pages of `mappings`, as runs, that are this process's own, not the file's nor the zero page, and were written since they were
+    /// reported last.
+    ///
+    /// # Errors
+    /// When the kernel cannot, or the memory is not watched by a userfaultfd with `UFFD_FEATURE_WP_ASYNC`.
+    pub fn written(&self, mappings: &Mappings) -> io::Result<Vec<(u32, u32)>> {
+        let mut runs = Vec::new();
+        for piece in mappings.iter() {
+            let (mut start, end) = (piece.start.0, piece.start.0 + piece.len);
+            while start < end {
+                let mut regions = [Region::default(); REGIONS];
+                let (walked, found) = self.scan(start, end, &mut regions)?;
+                for region in &regions[..found] {
+                    let offset = mappings.offset_of(Hva(region.start)).ok_or(io::ErrorKind::InvalidData)?;
+                    let pages = (region.end - region.start) / PAGE as u64;
+                    runs.push(((offset / PAGE as u64) as u32, pages as u32));
+                }
+                start = walked;
+            }
+        }
+        Ok(runs)
+    }
+
+    fn scan(&self, start: u64, end: u64, regions: &mut [Region]) -> io::Result<(u64, usize)> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags: WP_MATCHING | CHECK_WPASYNC,
+            start,
+            end,
+            walk_end: 0,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            max_pages: 0,
+            category_inverted: FILE | PFNZERO,
+            category_mask: WRITTEN | FILE | PFNZERO,
+            category_anyof_mask: PRESENT | SWAPPED,
+            return_mask: WRITTEN,
+        };
+        // SAFETY: `arg` is a live `struct pm_scan_arg`, and its vector a live slice of as many regions as it says, borrowed for writing.
+        let found = unsafe { ioctl::pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }?;
+        if arg.walk_end <= start || arg.walk_end > end {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok((arg.walk_end, found as usize))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::pager::{CHILD_FEATURES, watch_child};
+    use crate::testing;
+    use crate::uffd::Userfault;
+
+    const P: u64 = PAGE as u64;
+
+    #[test]
+    fn what_was_written_is_reported_once_until_it_is_written_again() {
+        let memfd = testing::memfd(64 * P);
+        testing::fill(&memfd, 0..32);
+        let memory = testing::private(&memfd, &[40 * P, 24 * P]);
+        let mappings = Mappings::of_private(&memory).unwrap();
+        let uffd = Userfault::open(CHILD_FEATURES).unwrap();
+        watch_child(&uffd, &mappings).unwrap();
+        // There, and not its own.
+        uffd.map_cached(&mappings, 0, 32 * P).unwrap();
+        uffd.zero(&mappings, 40 * P).unwrap();
+        let map = PageMap::open().unwrap();
+        assert_eq!(map.written(&mappings).unwrap(), []);
+        let second = 1 << 40;
+        let write = |page: u64| {
+            let at = if page < 40 { page * P } else { second + (page - 40) * P };
+            memory.store(7u64, GuestAddress(at), Ordering::Relaxed).unwrap();
+        };
+        uffd.copy(&mappings, 63 * P, &[1; PAGE]).unwrap();
+        [3, 4, 5, 31, 40].into_iter().for_each(write);
+        let runs = map.written(&mappings).unwrap();
+        assert_eq!(runs, [(3, 3), (31, 1), (40, 1), (63, 1)]);
+        assert_eq!(map.written(&mappings).unwrap(), []);
+        // A write waits for nobody, and is reported.
+        [4, 6, 63].into_iter().for_each(write);
+        assert_eq!(map.written(&mappings).unwrap(), [(4, 1), (6, 1), (63, 1)]);
+        assert_eq!(map.written(&mappings).unwrap(), []);
+    }
+
+    #[test]
+    fn memory_that_is_not_watched_so_is_refused() {
+        let memfd = testing::memfd(4 * P);
+        let memory = testing::private(&memfd, &[4 * P]);
+        let mappings = Mappings::of_private(&memory).unwrap();
+        assert!(PageMap::open().unwrap().written(&mappings).is_err());
+    }
+}

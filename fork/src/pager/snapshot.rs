@@ -1,0 +1,173 @@
+//! A child's own pages as they were when it was forked itself, in a memfd that it made: the pages, and after them their numbers.
+//!
+//! The child may be hostile, so the memfd must be sealed: nobody can change or cut it any more. What is in it is its children's business.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::GenerationId;
+use crate::ram::PAGE;
+
+/// What nobody may be able to do to it any more.
+pub const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_WRITE);
+
+/// Why a snapshot is none.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// Somebody could still change it.
+    #[error("it is not sealed")]
+    Unsealed,
+    /// It names a page that there is not, or one twice.
+    #[error("it has a page {0:#x} that it cannot have")]
+    Page(u32),
+    /// It is too short, or cannot be mapped.
+    #[error("it cannot be read")]
+    System(#[from] io::Error),
+}
+
+/// A child's own pages at a fork point of its own.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// The fork point that it is of itself: what is not in here is as it was there.
+    pub above: GenerationId,
+    /// By page: 0, or one more than its place.
+    places: Vec<u32>,
+    count: u32,
+    /// None of an empty one.
+    map: Option<Map>,
+}
+
+impl Snapshot {
+    /// The first `count` pages of `memfd`, of a memory of `pages`.
+    ///
+    /// # Errors
+    /// When it is not what it should be.
+    pub fn open(memfd: &File, count: u32, pages: usize, above: GenerationId) -> Result<Self, SnapshotError> {
+        let mut places = vec![0; pages];
+        if count == 0 {
+            return Ok(Self { above, places, count, map: None });
+        }
+        let seals = fcntl(memfd, FcntlArg::F_GET_SEALS).map_err(io::Error::from)?;
+        if !SealFlag::from_bits_retain(seals).contains(SEALS) {
+            return Err(SnapshotError::Unsealed);
+        }
+        let len = u64::from(count) * PAGE as u64;
+        if count as usize > pages || memfd.metadata()?.len() < len + u64::from(count) * 4 {
+            return Err(SnapshotError::System(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let mut numbers = vec![0; count as usize * 4];
+        memfd.read_exact_at(&mut numbers, len)?;
+        for (place, number) in numbers.as_chunks().0.iter().enumerate() {
+            let page = u32::from_le_bytes(*number);
+            match places.get_mut(page as usize) {
+                Some(free @ 0) => *free = place as u32 + 1,
+                _ => return Err(SnapshotError::Page(page)),
+            }
+        }
+        let map = Some(Map::new(memfd, len as usize)?);
+        Ok(Self { above, places, count, map })
+    }
+
+    /// Whether it has a page.
+    pub fn has(&self, page: u32) -> bool {
+        self.places[page as usize] != 0
+    }
+
+    /// What a page was, if it has it.
+    pub fn page(&self, page: u32) -> Option<&[u8]> {
+        let place = self.places[page as usize].checked_sub(1)?;
+        Some(self.map.as_ref()?.page(place as usize))
+    }
+
+    /// How many it has.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+}
+
+/// The pages, mapped for reading.
+#[derive(Debug)]
+struct Map {
+    start: NonNull<libc::c_void>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone, and nobody can write what it maps.
+unsafe impl Send for Map {}
+
+impl Map {
+    fn new(memfd: &File, len: usize) -> io::Result<Self> {
+        let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a new mapping, at an address that the kernel chooses, of a file that can be neither cut nor written any more.
+        let start = unsafe { mmap(None, size, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, memfd, 0) }?;
+        Ok(Self { start, len })
+    }
+
+    fn page(&self, place: usize) -> &[u8] {
+        let at = place * PAGE;
+        assert!(at + PAGE <= self.len, "page {place} lies outside the snapshot");
+        // SAFETY: the offset lies within the mapping, as has just been checked.
+        let start = unsafe { self.start.as_ptr().cast::<u8>().add(at) };
+        // SAFETY: a page of this mapping, of a file that is sealed: nobody writes it, and it cannot become shorter.
+        unsafe { std::slice::from_raw_parts(start, PAGE) }
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and nothing borrowed from it is left.
+        let _ = unsafe { munmap(self.start, self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::testing::contents;
+
+    fn memfd(pages: &[u32], seals: SealFlag) -> File {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        for (place, page) in pages.iter().enumerate() {
+            file.write_all_at(&contents(u64::from(*page)), (place * PAGE) as u64).unwrap();
+        }
+        let numbers: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+        file.write_all_at(&numbers, (pages.len() * PAGE) as u64).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        file
+    }
+
+    #[test]
+    fn it_has_what_was_put_in_and_nothing_else() {
+        let snapshot = Snapshot::open(&memfd(&[7, 0, 31], SEALS), 3, 32, 5).unwrap();
+        for page in 0..32 {
+            let there = [7, 0, 31].contains(&page);
+            assert_eq!(snapshot.has(page), there);
+            assert_eq!(snapshot.page(page), there.then(|| contents(page.into())).as_ref().map(|page| &page[..]));
+        }
+        let empty = Snapshot::open(&memfd(&[], SealFlag::empty()), 0, 32, 5).unwrap();
+        assert_eq!((empty.count(), empty.page(3)), (0, None));
+    }
+
+    #[test]
+    fn one_that_could_change_or_makes_no_sense_is_refused() {
+        let open = |file: &File, count| Snapshot::open(file, count, 32, 1).unwrap_err();
+        for seals in [SealFlag::empty(), SEALS - SealFlag::F_SEAL_SHRINK, SEALS - SealFlag::F_SEAL_WRITE] {
+            assert!(matches!(open(&memfd(&[1], seals), 1), SnapshotError::Unsealed));
+        }
+        assert!(matches!(open(&memfd(&[1, 32], SEALS), 2), SnapshotError::Page(32)));
+        assert!(matches!(open(&memfd(&[1, 1], SEALS), 2), SnapshotError::Page(1)));
+        assert!(matches!(open(&memfd(&[1, 2], SEALS), 3), SnapshotError::System(_)));
+        assert!(matches!(open(&memfd(&[1, 2], SEALS), u32::MAX), SnapshotError::System(_)));
+        let pipe = File::from(nix::unistd::pipe().unwrap().0);
+        assert!(matches!(open(&pipe, 1), SnapshotError::System(_)));
+    }
+}
