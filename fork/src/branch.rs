@@ -29,7 +29,7 @@ use crate::pagemap::PageMap;
 use crate::pager::generation::Pages;
 use crate::pager::protocol::{Request, Response};
 use crate::pager::snapshot::SEALS;
-use crate::pager::{Armed, ChildId, Counters, GenerationId, Notice};
+use crate::pager::{Armed, ChildId, GenerationId, Notice, Report};
 use crate::ram::PAGE;
 use crate::source::{PageService, Process, SourceError, refusal};
 use crate::uffd::Userfault;
@@ -297,9 +297,9 @@ impl PageService for Branch {
         self.independent();
     }
 
-    fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError> {
-        match self.ask(&Request::Counters, &[])? {
-            Response::Counters(counters, generations) => Ok((counters, generations)),
+    fn report(&self) -> Result<Report, SourceError> {
+        match self.ask(&Request::Report, &[])? {
+            Response::Report(report) => Ok(*report),
             other => Err(refusal(other)),
         }
     }

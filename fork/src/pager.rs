@@ -53,10 +53,12 @@ pub mod store;
 mod streams;
 #[cfg(test)]
 mod tests;
+pub mod times;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
+use std::time::Instant;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
@@ -66,6 +68,7 @@ use self::journal::{InFlight, Journal};
 use self::snapshot::{Snapshot, SnapshotError};
 use self::store::{Slot, Store, StoreError};
 use self::streams::Streams;
+use self::times::Times;
 use crate::mappings::Mappings;
 use crate::ram::PAGE;
 use crate::uffd::{EventBuffer, Fault, FaultKind, FeatureFlags, IoctlFlags, RegisterMode, UffdError, Userfault};
@@ -221,6 +224,42 @@ pub struct Counters {
     pub zeroed: u64,
 }
 
+/// A fork point, and what is kept for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationReport {
+    /// Its number.
+    pub id: GenerationId,
+    /// Pages that it keeps: of the source in the store, where generations share them; of a child those that were its own.
+    pub kept: u32,
+}
+
+/// A child, and what it was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildReport {
+    /// Its number.
+    pub id: ChildId,
+    /// Pages that it has, but for those that nobody served.
+    pub given: u32,
+    /// Its first touches that waited, from when the page server read of them.
+    pub service: Times,
+}
+
+/// What the page server tells of somebody's forks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Of the whole family.
+    pub counters: Counters,
+    /// Writes of the source that waited, from when the page server read of them.
+    pub stalls: Times,
+    /// Its fork points.
+    pub generations: Vec<GenerationReport>,
+    /// Its children that live, [`REPORTED`] at most.
+    pub children: Vec<ChildReport>,
+}
+
+/// Most children in a [`Report`]: it has to fit in a message.
+pub const REPORTED: usize = 256;
+
 /// What arming did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Armed {
@@ -261,6 +300,7 @@ struct Child {
     point: Option<GenerationId>,
     /// Pages that it was given, or that were there for it.
     given: Pages,
+    service: Times,
 }
 
 /// A fork point, as long as somebody lives who began there or later.
@@ -366,6 +406,7 @@ pub struct Pager {
     events: EventBuffer,
     notices: VecDeque<(Option<ChildId>, Notice)>,
     counters: Counters,
+    stalls: Times,
 }
 
 impl Pager {
@@ -404,6 +445,7 @@ impl Pager {
             events: EventBuffer::new(EVENTS),
             notices: VecDeque::new(),
             counters: Counters::default(),
+            stalls: Times::default(),
         })
     }
 
@@ -429,15 +471,25 @@ impl Pager {
         Counters { shared: self.shared.count().into(), stored: self.store.used().into(), ..self.counters }
     }
 
-    /// Generations of the source that are alive, with the pages that each keeps in the store.
-    pub fn generations(&self) -> impl Iterator<Item = (GenerationId, u32)> {
-        self.generations.iter().map(|(id, generation)| (*id, generation.slots()))
-    }
-
-    /// The same of a child's, with the pages that it brought.
-    pub fn snapshots(&self, child: ChildId) -> impl Iterator<Item = (GenerationId, u32)> {
-        let own = move |id: &GenerationId| self.points.get(id).is_some_and(|point| point.owner == Some(child));
-        self.snapshots.iter().filter(move |(id, _)| own(id)).map(|(id, snapshot)| (*id, snapshot.count()))
+    /// What there is to tell `owner`, a child or the source.
+    pub fn report(&self, owner: Option<ChildId>) -> Report {
+        let kept = |id: &GenerationId| {
+            let of_source = self.generations.get(id).map(Generation::slots);
+            of_source.or_else(|| self.snapshots.get(id).map(Snapshot::count)).unwrap_or_default()
+        };
+        let generations = self.points.iter().filter(|(_, point)| point.owner == owner);
+        let children = self.children.iter().filter(|(_, child)| child.parent == owner && child.point.is_some());
+        let child = |(id, child): (&ChildId, &Child)| ChildReport {
+            id: *id,
+            given: child.given.count(),
+            service: child.service,
+        };
+        Report {
+            counters: self.counters(),
+            stalls: self.stalls,
+            generations: generations.map(|(id, _)| GenerationReport { id: *id, kept: kept(id) }).collect(),
+            children: children.map(child).take(REPORTED).collect(),
+        }
     }
 
     /// The source's userfaultfd, to wait for.
@@ -537,7 +589,10 @@ impl Pager {
             return Err(Lost::Unserved { why: format!("its number {id} is not its own") });
         }
         let given = Pages::new(self.pages);
-        self.children.insert(id, Child { uffd, mappings, of: Of::Waiting, parent, point: None, given });
+        self.children.insert(
+            id,
+            Child { uffd, mappings, of: Of::Waiting, parent, point: None, given, service: Times::default() },
+        );
         Ok(())
     }
 
@@ -697,12 +752,14 @@ impl Pager {
             if faults.is_empty() {
                 return Ok(());
             }
+            let read = Instant::now();
             for Fault { offset, kind } in faults {
                 let page = (offset / PAGE as u64) as u32;
                 match kind {
                     FaultKind::WriteProtected => self.source_writes(page)?,
                     FaultKind::Missing | FaultKind::Minor => self.source_lacks(page)?,
                 }
+                self.stalls.add(read.elapsed());
             }
         }
     }
@@ -894,12 +951,16 @@ impl Pager {
             }
         };
         let more = faults.len() == EVENTS;
+        let read = Instant::now();
         for Fault { offset, kind } in faults {
             let page = (offset / PAGE as u64) as u32;
             self.counters.child_faults += 1;
             let done = self.child_touches(id, page, kind);
             if !self.of_child(id, done) {
                 return Ok(false);
+            }
+            if let Some(child) = self.children.get_mut(&id) {
+                child.service.add(read.elapsed());
             }
             self.serve_source()?;
         }

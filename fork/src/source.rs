@@ -33,7 +33,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use crate::mappings::Mappings;
 use crate::pager::journal::Journal;
 use crate::pager::protocol::{Request, Response};
-use crate::pager::{Armed, ChildId, Counters, FEATURES, GenerationId, Notice};
+use crate::pager::{Armed, ChildId, FEATURES, GenerationId, Notice, Report};
 use crate::ram::{PAGE, Ram};
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
@@ -117,8 +117,8 @@ pub trait PageService: Send + Sync {
     /// The memory is about to be unmapped. The children keep it as it is, and from now on nothing here touches it.
     fn leave(&self);
 
-    /// What it has done, and the generations that live with the pages that each keeps.
-    fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError>;
+    /// What it has done.
+    fn report(&self) -> Result<Report, SourceError>;
 
     /// Whether it still serves.
     fn lives(&self) -> bool;
@@ -382,9 +382,9 @@ impl PageService for PageServer {
         let _ = self.ask(&Request::Leave, &[], ANSWER);
     }
 
-    fn counters(&self) -> Result<(Counters, Vec<(GenerationId, u32)>), SourceError> {
-        match self.ask(&Request::Counters, &[], ANSWER)? {
-            Response::Counters(counters, generations) => Ok((counters, generations)),
+    fn report(&self) -> Result<Report, SourceError> {
+        match self.ask(&Request::Report, &[], ANSWER)? {
+            Response::Report(report) => Ok(*report),
             other => Err(refusal(other)),
         }
     }

@@ -300,8 +300,8 @@ fn children_die_and_the_source_forgets_them() {
                     break;
                 }
             }
-            let (counters, generations) = server.counters().unwrap();
-            assert_eq!((counters.stored, counters.shared, generations.len()), (0, 0, 0));
+            let report = server.report().unwrap();
+            assert_eq!((report.counters.stored, report.counters.shared, report.generations.len()), (0, 0, 0));
         }
         // A child that dies while it waits is no loss.
         let waiting = source.child(&server, 1000);

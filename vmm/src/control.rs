@@ -8,7 +8,8 @@
 //!
 //! Invariants:
 //! * the API never touches the machine: it sends a [`Command`] and waits for the reply, or reads through [`View`];
-//! * a [`View`] never waits for the supervisor, a vCPU or a device's I/O: it is called on the API's only thread;
+//! * a [`View`] never waits for the supervisor, a vCPU or a device's I/O: it is called on the API's only thread, but for
+//!   [`View::sharing`], which asks another process;
 //! * a supervisor that ends without answering drops the reply, and the client gets an error, not silence.
 
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use std::sync::Arc;
 use civic_api::{ErrorBody, ErrorCode, ForkReport, ForkRequest, SaveReport, SaveRequest, VmInfo};
 use civic_devices::console_hub::ConsoleHub;
 use tokio::sync::oneshot;
+
+use crate::fork::family::Sharing;
 
 /// What a client may ask of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +75,8 @@ pub trait View: Send + Sync + 'static {
     fn info(&self) -> VmInfo;
     /// Asks the guest for new statistics of its memory, if there is a balloon to tell them. Must not block.
     fn ask_balloon(&self);
+    /// What the page server tells of its forks, if there is one. Waits for that: not for the API's own thread.
+    fn sharing(&self) -> Option<Sharing>;
     /// The console port of this name, if the VM has one.
     fn console(&self, port: &str) -> Option<Arc<ConsoleHub>>;
 }
@@ -102,5 +107,10 @@ impl Control {
     /// What may be read without asking.
     pub fn view(&self) -> &dyn View {
         &*self.view
+    }
+
+    /// The same, for another thread.
+    pub fn shared_view(&self) -> Arc<dyn View> {
+        Arc::clone(&self.view)
     }
 }

@@ -36,7 +36,7 @@ use self::saving::{Begin, Meter, Outcome, Saving};
 use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
 use crate::fork::birth::{Born, Lifeline, Link};
 use crate::fork::disks::Freezable;
-use crate::fork::family::Family;
+use crate::fork::family::{Family, Sharing};
 use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
 use crate::resources::{CONSOLE_PORT_HVC, Resources};
 use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
@@ -121,6 +121,10 @@ impl View for Shared {
             saving: status.saving.as_ref().map(|meter| meter.read()),
             ended: status.ended.clone(),
         }
+    }
+
+    fn sharing(&self) -> Option<Sharing> {
+        self.family.sharing()
     }
 
     fn ask_balloon(&self) {

@@ -22,7 +22,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Armed, ChildId, Counters, GenerationId, Notice};
+use super::{Armed, ChildId, GenerationId, Notice, Report};
 use crate::mappings::Mappings;
 
 /// From the source.
@@ -79,7 +79,7 @@ pub enum Request {
     /// The source has its memory no more. Its children keep it as it is.
     Leave,
     /// What has been done.
-    Counters,
+    Report,
     /// Show that you are well.
     Ping,
 }
@@ -93,8 +93,8 @@ pub enum Response {
     Armed(Armed),
     /// To [`Request::Freeze`].
     Frozen(GenerationId),
-    /// To [`Request::Counters`]: with the generations that live, and the pages of each in the store.
-    Counters(Counters, Vec<(GenerationId, u32)>),
+    /// To [`Request::Report`].
+    Report(Box<Report>),
     /// It cannot be done.
     Refused(String),
     /// Not an answer.

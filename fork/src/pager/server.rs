@@ -234,7 +234,7 @@ impl Server {
                 self.pager.set_independent(owner);
                 Response::Done
             }
-            Request::Counters => Response::Counters(self.pager.counters(), self.pager.snapshots(owner).collect()),
+            Request::Report => Response::Report(Box::new(self.pager.report(Some(owner)))),
             _ => Response::Refused("this is not a child's to ask for".into()),
         }
     }
@@ -272,7 +272,7 @@ impl Server {
                 self.leave_source();
                 Response::Done
             }
-            Request::Counters => Response::Counters(self.pager.counters(), self.pager.generations().collect()),
+            Request::Report => Response::Report(Box::new(self.pager.report(None))),
             Request::FreezeChild { .. } | Request::Independent => Response::Refused("it is no child".into()),
             // The pulse has been given.
             Request::Ping => return,

@@ -351,7 +351,7 @@ fn generations_overlap_and_share_what_they_keep() {
     }
     // Three forks later, written once, stored once.
     machine.write(7);
-    assert_eq!(served.ask(|pager| (pager.counters().stored, pager.generations().count())), (1, 3));
+    assert_eq!(served.ask(|pager| (pager.counters().stored, pager.generations.len())), (1, 3));
     under_writes(&machine, 2, || {
         for id in 3..40 {
             children.push(Fork::of(&machine, &served, id));
@@ -368,7 +368,7 @@ fn generations_overlap_and_share_what_they_keep() {
                 let child = children.swap_remove(random.below(7) as usize);
                 (0..512).for_each(|page| child.check(page));
                 served.ask(move |pager| pager.forget(child.id));
-                assert_eq!(served.ask(|pager| pager.generations().count()), children.len());
+                assert_eq!(served.ask(|pager| pager.generations.len()), children.len());
             }
         }
     });
@@ -498,18 +498,18 @@ fn forks_of_forks_see_their_parents_fork_point_and_outlive_them() {
             let third = fork_child(&machine, &served, &child, id + 3);
             // Its parent's parent goes on, its parents end.
             some(&mut first, 50);
-            assert_eq!(served.ask(|pager| (pager.generations().count(), pager.snapshots.len())), (1, 3));
+            assert_eq!(served.ask(|pager| (pager.generations.len(), pager.snapshots.len())), (1, 3));
             (0..1024).for_each(|page| first.check(page));
             served.ask(move |pager| pager.forget(id));
             drop(child);
             served.ask(move |pager| pager.forget(id + 1));
             drop(first);
-            assert_eq!(served.ask(|pager| (pager.generations().count(), pager.snapshots.len())), (1, 3));
+            assert_eq!(served.ask(|pager| (pager.generations.len(), pager.snapshots.len())), (1, 3));
             (0..1024).rev().for_each(|page| second.check(page));
             served.ask(move |pager| pager.forget(id + 2));
             drop(second);
             // What only the second needed is gone.
-            assert_eq!(served.ask(|pager| (pager.generations().count(), pager.snapshots.len())), (1, 1));
+            assert_eq!(served.ask(|pager| (pager.generations.len(), pager.snapshots.len())), (1, 1));
             (0..1024).for_each(|page| third.check(page));
             served.ask(move |pager| pager.forget(id + 3));
             served.wait_idle();

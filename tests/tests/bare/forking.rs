@@ -104,6 +104,17 @@ fn a_fork_is_forked_and_its_children_outlive_it_and_its_source() {
     }
     let (_, mut grandchildren) = child.fork(vec![child.waiting("grandchild")], false);
     let grandchild = &mut grandchildren[0];
+    // Either tells of its own.
+    for (vm, its) in [(&source, "child"), (&child, "grandchild")] {
+        let text = vm.api(|client| async move { client.metrics().await }).unwrap();
+        for name in ["civic_fork_child_pages", "civic_fork_child_service_seconds_count"] {
+            let line = text.lines().find(|line| line.starts_with(&format!("{name}{{child=\"{its}\"}} ")));
+            let count: u64 =
+                line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("{text}"));
+            assert!(count > 0, "{text}");
+        }
+        assert_eq!(text.matches("civic_fork_generation_pages{").count(), 1, "{text}");
+    }
     child.kill();
     assert!(child.ended().success());
     count(grandchild, 20);

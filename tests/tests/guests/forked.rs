@@ -30,8 +30,8 @@ pub fn tiny(mut spec: Spec, rounds: u32) -> Result<()> {
         vm.sh(kept).context("the child's writes are on the source's disk")?;
         ensure!(child.sh(kept).is_err(), "the child's disk does not keep what it wrote");
         check_saved(&mut child, &spec).with_context(|| format!("the child of round {round}"))?;
-        child.kill()?;
         eprintln!("{:?}", report.stages);
+        if round == 0 { descend(child, &spec).context("the child's own child")? } else { child.kill()? }
     }
     let lines = echo.finish()?;
     ensure!(lines > rounds, "only {lines} lines went through the connection in {rounds} rounds");
@@ -39,6 +39,32 @@ pub fn tiny(mut spec: Spec, rounds: u32) -> Result<()> {
     ensure!(bad.is_empty(), "in the source went wrong:\n{bad}");
     vm.check_kernel_log()?;
     vm.stop()
+}
+
+/// Forks a fork, which ends then: its child has its memory and disk as they were, goes on alone, and starts anew on its disk.
+fn descend(mut child: Vm, spec: &Spec) -> Result<()> {
+    const FIRST: &str = "dd if=/dev/vda bs=64k skip=992 count=8 2>/dev/null | md5sum";
+    const SECOND: &str = "dd if=/dev/vda bs=64k skip=1000 count=8 2>/dev/null | md5sum";
+    child.sh("dd if=/tmp/data of=/dev/vda bs=64k seek=992 count=8 conv=fsync 2>/dev/null")?;
+    let (first, second) = (child.sh(FIRST)?, child.sh(SECOND)?);
+    let (mut grandchild, report) = fork_round(&mut child, 100)?;
+    ensure!(report.generation == 1, "{report:?}");
+    ensure!(grandchild.sh("cat /tmp/mine")? == "mine", "the child's file is not in its child");
+    // From now on each writes for itself.
+    child.sh(
+        "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/zero of=/dev/vda bs=64k seek=992 count=8 conv=fsync 2>/dev/null",
+    )?;
+    grandchild.sh("echo 3 > /proc/sys/vm/drop_caches; dd if=/tmp/data of=/dev/vda bs=64k seek=1000 count=8 conv=fsync 2>/dev/null")?;
+    ensure!(grandchild.sh(FIRST)? == first, "the grandchild's disk has what its parent wrote after the fork");
+    ensure!(child.sh(SECOND)? == second, "the child's disk has what its own child wrote");
+    check_saved(&mut grandchild, spec)?;
+    child.kill()?;
+    check_saved(&mut grandchild, spec).context("after its parent's end")?;
+    let before = grandchild.sh(&format!("{FIRST}; {SECOND}"))?;
+    grandchild.reboot().context("a fork of a fork resets")?;
+    ensure!(grandchild.sh(&format!("{FIRST}; {SECOND}"))? == before, "after the reset the disk holds something else");
+    ensure!(grandchild.sh("ls /tmp")?.is_empty(), "memory survived the reset");
+    grandchild.kill()
 }
 
 /// Forks the guest; its jobs make progress in both from then on.

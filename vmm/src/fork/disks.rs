@@ -21,6 +21,7 @@ use civic_fork::disk::{
     Bytes, Freezer, FreezerOptions, FrozenFile, FrozenParts, FrozenStateV1, Generation as DiskGeneration, Overlay,
     OverlayParts, OverlayStateV1, OverlayView, reopen_read_only,
 };
+use civic_fork::wire::MAX_FDS;
 use serde::{Deserialize, Serialize};
 
 use super::ToChild;
@@ -28,6 +29,8 @@ use super::family::Family;
 
 /// Where what the source overwrites on its disks is kept: on a disk, mostly. Without a name, and gone with the last child.
 const STORES: &str = "/var/tmp";
+/// Descriptors that a fork's disk has more than its source's.
+const LAYER: usize = 4;
 /// Most bytes kept of a disk.
 const STORE_LIMIT: u64 = 64 << 30;
 
@@ -82,6 +85,9 @@ impl Freezable {
             }
         };
         let (freezer, base) = match forked {
+            Some(forked) if forked.parts.descriptors() + LAYER > MAX_FDS => {
+                return Err(told(io::Error::other("too many forks are above it")));
+            }
             Some(forked) if disk.read_only() => (None, Base::Fork(Arc::clone(forked))),
             Some(forked) => {
                 let overlay = Arc::clone(&forked.overlay) as Arc<dyn Bytes>;
@@ -190,6 +196,10 @@ impl DiskParts {
         };
         let layers = layers.into_iter().map(layer).collect();
         rest.next().is_none().then_some(Self { files, layers })
+    }
+
+    fn descriptors(&self) -> usize {
+        self.message().1.len()
     }
 
     fn try_clone(&self) -> io::Result<Self> {

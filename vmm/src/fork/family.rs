@@ -20,7 +20,8 @@ use civic_fork::branch::Branch;
 use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::hello::{Hello, Role, VERSION};
 use civic_fork::mappings::Mappings;
-use civic_fork::pager::{CHILDREN, ChildId, Counters, GenerationId, Notice};
+use civic_fork::pager::times::Times;
+use civic_fork::pager::{CHILDREN, ChildId, ChildReport, Counters, GenerationId, Notice};
 use civic_fork::ram::{PAGE, Ram};
 use civic_fork::source::{Event, PageServer, PageService, SourceError};
 use civic_fork::uffd::Userfault;
@@ -83,6 +84,18 @@ struct Alive {
     name: String,
     pid: u32,
     generation: GenerationId,
+}
+
+/// What a page server tells, in this VM's own names.
+pub struct Sharing {
+    /// What it has done, for all that it serves.
+    pub counters: Counters,
+    /// Writes of the source that waited.
+    pub stalls: Times,
+    /// This VM's forks, with the pages that are kept for each.
+    pub generations: Vec<(GenerationId, u32)>,
+    /// This VM's children.
+    pub children: Vec<(String, ChildReport)>,
 }
 
 /// A page server and what it serves.
@@ -304,10 +317,20 @@ impl Family {
         }
     }
 
-    /// What the page server counts, if there is one. Waits for it.
-    pub fn counters(&self) -> Option<(Counters, Vec<(GenerationId, u32)>)> {
+    /// What the page server tells, if there is one. Waits for it.
+    pub fn sharing(&self) -> Option<Sharing> {
         let serving = self.inner().server.clone()?;
-        serving.server.counters().ok()
+        let report = serving.server.report().ok()?;
+        let inner = self.inner();
+        let of_it = inner.frozen.iter().filter(|(_, frozen)| frozen.server == serving.number);
+        let numbers: BTreeMap<_, _> = of_it.map(|(number, frozen)| (frozen.point, *number)).collect();
+        let name = |child: &ChildReport| Some((inner.children.get(&child.id)?.name.clone(), *child));
+        Some(Sharing {
+            counters: report.counters,
+            stalls: report.stalls,
+            generations: report.generations.iter().filter_map(|g| Some((*numbers.get(&g.id)?, g.kept))).collect(),
+            children: report.children.iter().filter_map(name).collect(),
+        })
     }
 
     /// From now on this machine is forked; `config` is what its children are to be.

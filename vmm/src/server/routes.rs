@@ -311,7 +311,10 @@ async fn command(api: Api, command: Command) -> Result<StatusCode, Failure> {
     (status = 200, content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8", body = String),
 ))]
 async fn vm_metrics(State(api): State<Api>) -> Result<Response, Failure> {
-    let text = metrics::encode(&api.control.view().info(), &api.requests)
+    let view = api.control.shared_view();
+    // One that does not answer is told of by what is missing.
+    let sharing = tokio::task::spawn_blocking(move || view.sharing()).await.ok().flatten();
+    let text = metrics::encode(&api.control.view().info(), sharing.as_ref(), &api.requests)
         .map_err(|error| ErrorBody::internal(format!("cannot write the metrics: {error}")))?;
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }

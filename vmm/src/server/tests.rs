@@ -15,6 +15,7 @@ use civic_devices::console_hub::{ConsoleHub, ConsoleInput};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::control::{Answer, Command, Request, View, no_balloon};
+use crate::fork::family::Sharing;
 
 /// A machine that is nothing but its state, and a guest whose console echoes in upper case.
 struct Fake {
@@ -74,6 +75,10 @@ impl Fake {
 }
 
 impl View for Fake {
+    fn sharing(&self) -> Option<Sharing> {
+        None
+    }
+
     fn info(&self) -> VmInfo {
         VmInfo {
             name: "web".into(),
