@@ -9,10 +9,12 @@ use utoipa::ToSchema;
 
 mod devices;
 mod error;
+mod forks;
 mod settings;
 
 pub use devices::{BalloonConfig, DiskConfig, DiskFormat, NetConfig, RateLimit, VsockConfig};
 pub use error::{ConfigError, Field};
+pub use forks::ForksConfig;
 pub use settings::{BALLOON_ID, VSOCK_ID};
 
 /// Longest name of a VM, in bytes: it is a directory name and, with the socket's name, part of a unix socket address.
@@ -49,6 +51,8 @@ pub const MIN_CID: u32 = 3;
 pub const MAX_CID: u32 = u32::MAX - 1;
 /// A balloon takes pages of this size, whatever the guest's own is (virtio 1.2 §5.5.6).
 pub const BALLOON_STEP_BYTES: u64 = 4096;
+/// Least limit of what is kept for forks: less would end them at the VM's first writes.
+pub const MIN_FORK_STORE_BYTES: u64 = 1 << 20;
 /// The console port every VM has: the first UART, Linux's `ttyS0`.
 pub const CONSOLE_PORT_SERIAL: &str = "serial";
 
@@ -88,6 +92,9 @@ pub struct VmConfig {
     /// Memory the host takes back from the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// What may be kept for its forks.
+    #[serde(default, skip_serializing_if = "ForksConfig::is_default")]
+    pub forks: ForksConfig,
     /// Let guest RAM exceed the memory the host has available.
     #[serde(default, skip_serializing_if = "is_false")]
     pub overcommit: bool,
@@ -128,6 +135,7 @@ impl VmConfig {
         if let Some(balloon) = self.balloon {
             balloon.check(bytes)?;
         }
+        self.forks.check()?;
         self.validate_devices()
     }
 

@@ -26,9 +26,9 @@ mod size;
 pub use balloon::BalloonInfo;
 pub use config::{
     BALLOON_ID, BALLOON_STEP_BYTES, BalloonConfig, CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, DiskFormat, Field,
-    MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES, MAX_ID_BYTES, MAX_MEMORY_BYTES, MAX_NAME_BYTES,
-    MAX_NET_QUEUES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU, NetConfig,
-    RESERVED_IDS, RateLimit, VSOCK_ID, VmConfig, VsockConfig, validate_name,
+    ForksConfig, MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES, MAX_ID_BYTES, MAX_MEMORY_BYTES,
+    MAX_NAME_BYTES, MAX_NET_QUEUES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU,
+    NetConfig, RESERVED_IDS, RateLimit, VSOCK_ID, VmConfig, VsockConfig, validate_name,
 };
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{

@@ -412,6 +412,17 @@ impl Vm {
     }
 }
 
+/// Where a kernel's trouble began, and what it said then: a guest that has reset since has said much more.
+fn trouble(console: &str) -> String {
+    const SIGNS: [&str; 6] = ["Kernel panic", "BUG:", "Oops", "general protection", "soft lockup", "WARNING:"];
+    let lines: Vec<_> = console.lines().collect();
+    let first = lines.iter().position(|line| SIGNS.iter().any(|sign| line.contains(sign)));
+    first.map_or_else(String::new, |first| {
+        let shown = lines.iter().skip(first.saturating_sub(5)).take(80).copied();
+        format!("its kernel's first trouble:\n{}", shown.collect::<Vec<_>>().join("\n"))
+    })
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         if self.dir().exists() {
@@ -420,7 +431,11 @@ impl Drop for Vm {
             let _ = self.civic(&["pause"]);
             let log = fs::read_to_string(self.dir().join("vmm.log")).unwrap_or_default();
             emulator::look(&log);
-            eprintln!("the VM that is being killed; its monitor's log:\n{log}\nthe end of its console:\n{console}");
+            let said = fs::read(self.dir().join("serial.log")).unwrap_or_default();
+            let trouble = trouble(&String::from_utf8_lossy(&said));
+            eprintln!(
+                "the VM that is being killed; its monitor's log:\n{log}\nthe end of its console:\n{console}\n{trouble}"
+            );
             let _ = self.civic(&["kill"]);
         }
     }

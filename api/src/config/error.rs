@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{
     BALLOON_STEP_BYTES, MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_ID_BYTES, MAX_MEMORY_BYTES,
-    MAX_NAME_BYTES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU,
+    MAX_NAME_BYTES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_FORK_STORE_BYTES, MIN_MEMORY_BYTES, MIN_MTU,
 };
 use crate::{ByteSize, ErrorBody, ErrorCode, MacAddr};
 
@@ -66,6 +66,8 @@ pub enum ConfigError {
     BalloonStep { target: u64 },
     #[error("a balloon of {} ({target} bytes) in {} of memory: must leave the guest {}", ByteSize(*.target), ByteSize(*.memory), ByteSize(MIN_MEMORY_BYTES))]
     BalloonTooLarge { target: u64, memory: u64 },
+    #[error("{bytes} bytes kept for forks are too few: at least {}", ByteSize(MIN_FORK_STORE_BYTES))]
+    ForkStore { bytes: u64 },
 }
 
 /// The part of a [`VmConfig`] an error is about. `Display` gives the field's name in JSON.
@@ -82,6 +84,7 @@ pub enum Field {
     Net,
     Vsock,
     Balloon,
+    Forks,
 }
 
 impl Field {
@@ -98,6 +101,7 @@ impl Field {
             Self::Net => "--net",
             Self::Vsock => "--vsock",
             Self::Balloon => "--balloon",
+            Self::Forks => "--forks",
         }
     }
 }
@@ -115,6 +119,7 @@ impl std::fmt::Display for Field {
             Self::Net => "nets",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
+            Self::Forks => "forks",
         })
     }
 }
@@ -143,6 +148,7 @@ impl ConfigError {
             | Self::Mtu { .. } => Field::Net,
             Self::VsockPath { .. } | Self::Cid { .. } => Field::Vsock,
             Self::BalloonStep { .. } | Self::BalloonTooLarge { .. } => Field::Balloon,
+            Self::ForkStore { .. } => Field::Forks,
         }
     }
 }

@@ -22,6 +22,7 @@ fn config() -> VmConfig {
         nets: vec![net("net0", "tap0")],
         vsock: None,
         balloon: None,
+        forks: ForksConfig::default(),
         overcommit: false,
         any_kvm: false,
     }

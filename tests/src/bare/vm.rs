@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use civic_api::client::{Client, ClientError};
 use civic_api::launch::{Launch, SOCKET_FILE};
 use civic_api::{
-    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, ForkReport, ForkRequest, SaveReport, SaveRequest, VmConfig,
-    VmInfo, VmState,
+    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, ForkReport, ForkRequest, ForksConfig, SaveReport,
+    SaveRequest, VmConfig, VmInfo, VmState,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -80,6 +80,7 @@ impl Setup {
             nets: Vec::new(),
             vsock: None,
             balloon: None,
+            forks: ForksConfig::default(),
             overcommit: false,
             any_kvm: true,
         };
@@ -325,10 +326,30 @@ impl Waiting {
         runtime().block_on(work(Client::new(self.setup.dir().join(SOCKET_FILE))))
     }
 
+    /// It lives.
+    pub fn born(self) -> Vm {
+        Vm::new(self.setup, self.child, self.log)
+    }
+
+    /// What the monitor has logged.
+    pub fn log(&self) -> String {
+        read(&self.log)
+    }
+
+    /// What it is by now; none if it does not answer any more.
+    pub fn state(&self) -> Option<VmState> {
+        Some(self.api(|client| async move { client.info().await }).ok()?.state)
+    }
+
+    /// Waits for the monitor to end, be it that it waited in vain or lived: its exit status.
+    pub fn ends(&mut self) -> ExitStatus {
+        let status = self.child.ends_by(Instant::now() + PATIENCE);
+        status.unwrap_or_else(|| panic!("the monitor does not end; its log:\n{}", read(&self.log)))
+    }
+
     /// Waits for the monitor to end by itself: its exit status.
     pub fn ended(mut self) -> ExitStatus {
-        let status = self.child.ends_by(Instant::now() + PATIENCE);
-        let status = status.unwrap_or_else(|| panic!("the monitor does not end; its log:\n{}", read(&self.log)));
+        let status = self.ends();
         assert!(!self.setup.dir().exists(), "its directory is left; the log:\n{}", read(&self.log));
         status
     }
@@ -508,6 +529,16 @@ impl Vm {
         status
     }
 
+    /// What the monitor has logged.
+    pub fn log(&self) -> String {
+        read(&self.log)
+    }
+
+    /// Where the API is.
+    pub fn socket(&self) -> PathBuf {
+        self.dir().join(SOCKET_FILE)
+    }
+
     /// Waits for the monitor to end after a failure: its status, and the files that it left.
     pub fn ended_badly(&mut self) -> (ExitStatus, Vec<String>) {
         let status = self.wait_end();
@@ -574,17 +605,28 @@ impl Vm {
     /// Forks this VM: those who wait live.
     pub fn fork(&self, waiting: Vec<Waiting>, paused: bool) -> (ForkReport, Vec<Vm>) {
         self.want_page_server();
-        let children = waiting.iter().map(|waiting| waiting.name().to_owned()).collect();
-        match self.try_fork(ForkRequest { children, paused }) {
-            Ok(report) => {
+        match self.attempt_fork(waiting, paused) {
+            Ok((report, children)) => {
                 assert_eq!(report.failed, [], "{}", read(&self.log));
-                let born = |Waiting { setup, child, log }| Vm::new(setup, child, log);
-                (report, waiting.into_iter().map(born).collect())
+                (report, children.into_iter().map(Waiting::born).collect())
             }
-            Err(e) => {
+            Err((e, waiting)) => {
                 let logs: Vec<_> = waiting.iter().map(|waiting| read(&waiting.log)).collect();
                 self.fail(&format!("it cannot be forked: {e}\n{}", logs.join("\n")))
             }
+        }
+    }
+
+    /// Forks this VM, if that can be. Those who wait are children then, though some may have failed, or ended already.
+    pub fn attempt_fork(
+        &self,
+        waiting: Vec<Waiting>,
+        paused: bool,
+    ) -> Result<(ForkReport, Vec<Waiting>), (ClientError, Vec<Waiting>)> {
+        let children = waiting.iter().map(|waiting| waiting.name().to_owned()).collect();
+        match self.try_fork(ForkRequest { children, paused }) {
+            Ok(report) => Ok((report, waiting)),
+            Err(e) => Err((e, waiting)),
         }
     }
 

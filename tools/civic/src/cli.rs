@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use civic_api::launch::{LaunchRequest, MovedDisk, RestoreConfig};
-use civic_api::{AfterSave, BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, VmConfig, VsockConfig, validate_name};
+use civic_api::{
+    AfterSave, BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, ForksConfig, VmConfig, VsockConfig, validate_name,
+};
 use clap::{Args, Parser, Subcommand};
 
 use crate::advice;
-use crate::devices::{DiskSpec, NetSpec, VsockSpec};
+use crate::devices::{DiskSpec, ForksSpec, NetSpec, VsockSpec};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -305,6 +307,10 @@ pub struct RunArgs {
     /// A memory balloon: the guest gives back the memory it has no use for; with SIZE, that much more is taken from it.
     #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     pub balloon: Option<ByteSize>,
+    /// What may be kept for this VM's forks before it overwrites it: [memory=SIZE][,disk=SIZE][,dir=DIR]. At a limit the oldest
+    /// fork is given up. By default as much as it has memory, 64G of each disk, in /var/tmp.
+    #[arg(long, value_name = "OPTIONS")]
+    pub forks: Option<ForksSpec>,
     /// Let the VM go on that 'civic save' put into DIR, which is only read. Kernel, memory, vCPUs and devices are as they were;
     /// --disk id=ID,path=FILE, --net id=ID,tap=NAME and --vsock uds=PATH say what is elsewhere now.
     #[arg(long, value_name = "DIR")]
@@ -346,6 +352,10 @@ impl RunArgs {
             let vsock = spec.config();
             anyhow::Ok(VsockConfig { uds: absolute(&vsock.uds, "--vsock")?, ..vsock })
         };
+        let forks = |ForksSpec(forks): &ForksSpec| {
+            let dir = forks.dir.as_ref().map(|dir| absolute(dir, "--forks")).transpose()?;
+            anyhow::Ok(ForksConfig { dir, ..forks.clone() })
+        };
         let config = VmConfig {
             name: self.name.clone(),
             kernel: absolute(kernel, "--kernel")?,
@@ -357,6 +367,7 @@ impl RunArgs {
             nets: self.nets.iter().enumerate().map(|(index, net)| net.config(index)).collect(),
             vsock: self.vsock.as_ref().map(vsock).transpose()?,
             balloon: self.balloon.map(|size| BalloonConfig { target_bytes: size.0 }),
+            forks: self.forks.as_ref().map(forks).transpose()?.unwrap_or_default(),
             overcommit: self.overcommit,
             any_kvm: self.any_kvm,
         };
@@ -374,6 +385,7 @@ impl RunArgs {
             ("--memory", self.memory.is_some()),
             ("--cpus", self.cpus.is_some()),
             ("--balloon", self.balloon.is_some()),
+            ("--forks", self.forks.is_some()),
         ];
         if let Some((flag, _)) = saved_with.into_iter().find(|(_, given)| *given) {
             let message = format!("{flag}: a restored VM has what it was saved with");
@@ -479,6 +491,8 @@ mod tests {
         let here = std::env::current_dir().unwrap();
         let vsock = config("--vsock uds=v,cid=9").vsock;
         assert_eq!(vsock, Some(VsockConfig { uds: here.join("v"), cid: Some(9) }));
+        let forks = config("--forks disk=1G,dir=d").forks;
+        assert_eq!(forks, ForksConfig { disk_bytes: Some(1 << 30), dir: Some(here.join("d")), memory_bytes: None });
         let target = |options: &str| config(options).balloon.unwrap().target_bytes;
         assert_eq!(target("--balloon"), 0);
         assert_eq!(target("--balloon=100M"), 100 << 20);
@@ -518,6 +532,7 @@ mod tests {
         assert!(error(&format!("--vsock uds=/{}", "v".repeat(96))).contains("--vsock: the path"));
         assert!(error("--vsock /v").contains("--vsock"));
         assert!(error("--balloon=500M").contains("--balloon: a balloon of 500M"));
+        assert!(error("--forks memory=1K").contains("--forks: 1024 bytes kept for forks are too few"));
         assert!(error("--balloon=1X").contains("--balloon"));
         for name in ["../x", "A", ""] {
             assert!(Cli::try_parse_from(["civic", "info", name]).is_err(), "{name}");

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use civic_api::launch::{MovedDisk, MovedNet};
-use civic_api::{ByteSize, DiskConfig, DiskFormat, MacAddr, NetConfig, RateLimit, VsockConfig};
+use civic_api::{ByteSize, DiskConfig, DiskFormat, ForksConfig, MacAddr, NetConfig, RateLimit, VsockConfig};
 
 /// `path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]`
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +63,10 @@ impl NetSpec {
         }
     }
 }
+
+/// `--forks`.
+#[derive(Clone, Debug)]
+pub struct ForksSpec(pub ForksConfig);
 
 impl VsockSpec {
     /// The device for the configuration.
@@ -128,6 +132,20 @@ impl FromStr for NetSpec {
         };
         fields.end()?;
         Ok(Self { id, net })
+    }
+}
+
+impl FromStr for ForksSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "[memory=SIZE][,disk=SIZE][,dir=DIR]";
+        let mut fields = Fields::parse(text, FORM)?;
+        let memory_bytes = fields.take_parsed::<ByteSize>("memory")?.map(|size| size.0);
+        let disk_bytes = fields.take_parsed::<ByteSize>("disk")?.map(|size| size.0);
+        let dir = fields.take("dir").map(PathBuf::from);
+        fields.end()?;
+        Ok(Self(ForksConfig { memory_bytes, disk_bytes, dir }))
     }
 }
 
@@ -327,6 +345,17 @@ mod tests {
         let vsock = |text: &str| text.parse::<VsockSpec>().unwrap().moved();
         assert_eq!(vsock("uds=/v"), Ok(PathBuf::from("/v")));
         assert!(vsock("uds=/v,cid=3").unwrap_err().contains("uds=PATH"));
+    }
+
+    #[test]
+    fn forks() {
+        let forks = |text: &str| text.parse::<ForksSpec>().unwrap().0;
+        let (memory_bytes, dir) = (Some(1 << 30), Some("/scratch".into()));
+        assert_eq!(forks("dir=/scratch,memory=1G"), ForksConfig { memory_bytes, dir, disk_bytes: None });
+        assert_eq!(forks("disk=2M").disk_bytes, Some(2 << 20));
+        for (text, part) in [("1G", "'1G' means nothing"), ("memory=x", "memory: 'x'"), ("", "means nothing")] {
+            complains::<ForksSpec>(text, part);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use civic_api::{DiskConfig, ErrorBody, ErrorCode};
+use civic_api::{DiskConfig, ErrorBody, ErrorCode, ForksConfig};
 use civic_devices::virtio::block::{BeforeWrite, Disk, DiskFormat, ReadDisk, WriteDisk, open_frozen};
 use civic_fork::disk::{
     Bytes, Freezer, FreezerOptions, FrozenFile, FrozenParts, FrozenStateV1, Generation as DiskGeneration, Overlay,
@@ -27,12 +27,8 @@ use serde::{Deserialize, Serialize};
 use super::ToChild;
 use super::family::Family;
 
-/// Where what the source overwrites on its disks is kept: on a disk, mostly. Without a name, and gone with the last child.
-const STORES: &str = "/var/tmp";
 /// Descriptors that a fork's disk has more than its source's.
 const LAYER: usize = 4;
-/// Most bytes kept of a disk.
-const STORE_LIMIT: u64 = 64 << 30;
 
 /// A disk that children are to have as it is at a fork point.
 pub struct Freezable {
@@ -73,11 +69,16 @@ impl Freezable {
         config: &DiskConfig,
         disk: &Arc<Disk>,
         forked: Option<&Arc<ForkedDisk>>,
+        forks: &ForksConfig,
         family: &Arc<Family>,
     ) -> Result<Self, ErrorBody> {
         let told =
             |e: io::Error| ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be forked: {e}", config.id));
-        let options = FreezerOptions { store: STORES.into(), limit: STORE_LIMIT, reflink: None };
+        let options = FreezerOptions {
+            store: forks.effective_dir().to_owned(),
+            limit: forks.effective_disk_bytes(),
+            reflink: None,
+        };
         let (family, id) = (Arc::downgrade(family), config.id.clone());
         let lost = move |_, why| {
             if let Some(family) = family.upgrade() {

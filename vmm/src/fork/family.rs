@@ -45,6 +45,8 @@ pub struct Origin {
     pub read_only: File,
     /// Has pages stay that the guest gives back.
     pub keeper: Keeper,
+    /// Most bytes kept of it for children; as many as it has, if nothing is said.
+    pub store_bytes: Option<u64>,
 }
 
 /// A monitor that waits to be forked.
@@ -220,7 +222,7 @@ impl Family {
         match hello.role {
             Role::PageServer => {
                 let mut inner = self.inner();
-                if inner.page_server.as_ref().is_none_or(Wire::hung_up) && !inner.serves() {
+                if inner.page_server.as_ref().is_none_or(Wire::hung_up) && !inner.serves() && !inner.beginning {
                     inner.page_server = Some(wire);
                     self.changed.notify_all();
                     drop(inner);
@@ -381,7 +383,9 @@ impl Family {
             if let Some(serving) = inner.server.clone().filter(|serving| serving.server.lives()) {
                 return Ok(serving);
             }
-            if let Some(wire) = inner.page_server.take().filter(|wire| !wire.hung_up()) {
+            // One at a time: two could not watch the same memory.
+            let idle = !inner.beginning;
+            if let Some(wire) = inner.page_server.take_if(|_| idle).filter(|wire| !wire.hung_up()) {
                 inner.servers += 1;
                 inner.beginning = true;
                 let (number, needed) = (inner.servers, std::mem::take(&mut inner.needed));
@@ -415,7 +419,8 @@ impl Family {
     ) -> Result<Arc<PageServer>, SourceError> {
         let no_ram = || SourceError::Refused("the memory is another VM's".into());
         let ram = origin.ram.as_ref().ok_or_else(no_ram)?;
-        let limit = u32::try_from(ram.bytes() / PAGE as u64).unwrap_or(u32::MAX);
+        let bytes = origin.store_bytes.unwrap_or_else(|| ram.bytes());
+        let limit = u32::try_from(bytes / PAGE as u64).unwrap_or(u32::MAX);
         let (family, keeper) = (Arc::downgrade(self), origin.keeper.clone());
         let event = move |event| {
             if let Some(family) = family.upgrade() {

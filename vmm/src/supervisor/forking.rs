@@ -97,9 +97,10 @@ impl Supervisor {
             return Ok(Arc::clone(disks));
         }
         let (resources, family) = (&self.resources, &self.shared.family);
+        let forks = &self.shared.config.forks;
         let disks = self.shared.config.disks.iter().zip(&resources.disks).enumerate();
         let disks: Result<Vec<_>, _> = disks
-            .map(|(n, (config, disk))| Freezable::new(config, disk, resources.forked_disks.get(n), family))
+            .map(|(n, (config, disk))| Freezable::new(config, disk, resources.forked_disks.get(n), forks, family))
             .collect();
         let disks = Arc::new(disks?);
         self.freezable = Some(Arc::clone(&disks));
@@ -166,7 +167,8 @@ impl Supervisor {
                 let ram = Ram::new(Arc::clone(&memory.ram)).map_err(|e| e.to_string())?;
                 (Some(Arc::new(ram)), memory.read_only().map_err(|e| e.to_string())?)
             };
-            Ok(Origin { ram, read_only, keeper: memory.keeper() })
+            let store_bytes = self.shared.config.forks.memory_bytes;
+            Ok(Origin { ram, read_only, keeper: memory.keeper(), store_bytes })
         })();
         match (origin, serde_json::to_string(&self.inherited())) {
             (Ok(origin), Ok(config)) => self.shared.family.set_origin(origin, config),
