@@ -20,6 +20,7 @@ mod balloon;
 mod forking;
 mod saving;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -34,7 +35,7 @@ use tracing::{error, info, warn};
 use self::forking::PauseRequest;
 use self::saving::{Begin, Meter, Outcome, Saving};
 use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
-use crate::fork::birth::{Born, Lifeline, Link};
+use crate::fork::birth::{Born, LAST_RESORT, Lifeline, Link};
 use crate::fork::disks::Freezable;
 use crate::fork::family::{Family, Sharing};
 use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
@@ -56,11 +57,9 @@ enum Message {
     Forked,
     /// Part of the memory cannot be had: from the thread that loads a saved VM's, or the one that listens to a child's page server.
     MemoryLost(String),
+    /// A child was to end before it was born.
+    Unwanted,
 }
-
-/// How long the supervisor may take to end the process after it heard that memory is lost. The loader's thread, on which guest and
-/// devices wait, never goes on: what they would do with wrong memory could reach the disks.
-const LAST_RESORT: Duration = Duration::from_secs(10);
 
 /// What is read without asking the supervisor.
 #[derive(Default)]
@@ -147,6 +146,8 @@ pub struct Embryo {
     shared: Arc<Shared>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
+    /// It is to end.
+    quit: Arc<AtomicBool>,
 }
 
 impl Embryo {
@@ -155,7 +156,8 @@ impl Embryo {
         let (sender, inbox) = channel();
         let family = Family::new(Some(source.to_owned()));
         let status = Status { state: VmState::Waiting, ..Status::default() };
-        Self { shared: Shared::new(config.clone(), status, family, resources), sender, inbox }
+        let shared = Shared::new(config.clone(), status, family, resources);
+        Self { shared, sender, inbox, quit: Arc::default() }
     }
 
     /// What its machine reports to.
@@ -166,12 +168,13 @@ impl Embryo {
 
     /// The API's handle, for now and later. `quit` ends the wait.
     pub fn control(&self, quit: impl Fn() + Send + Sync + 'static) -> Control {
-        let (shared, sender) = (Arc::clone(&self.shared), self.sender.clone());
+        let (shared, sender, wanted) = (Arc::clone(&self.shared), self.sender.clone(), Arc::clone(&self.quit));
         let send = move |request: Request| {
             let state = shared.status().state;
             let answer = match request.command {
                 _ if state != VmState::Waiting => return drop(sender.send(Message::Api(request))),
                 Command::Stop | Command::Kill => {
+                    wanted.store(true, Ordering::Relaxed);
                     quit();
                     Ok(Answer::Done)
                 }
@@ -207,7 +210,7 @@ pub struct Supervisor {
     /// The disks, once the first fork was wanted.
     freezable: Option<Arc<Vec<Freezable>>>,
     /// What keeps a forked machine's memory, and the disks of what it becomes after a reset.
-    lifeline: Option<Arc<Lifeline>>,
+    lifeline: Option<Lifeline>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
 }
@@ -249,22 +252,11 @@ impl Supervisor {
     /// Takes over a machine that was just forked. It waits for [`Command::Start`], unless it is to stay paused, or runs already.
     pub fn adopt(embryo: Embryo, born: Born) -> (Self, Link) {
         let Born { machine, resources, go, lifeline, link } = born;
-        let Embryo { shared, sender, inbox } = embryo;
-        let lifeline = Arc::new(lifeline);
-        let (listening, lost, family) = (Arc::clone(&lifeline), sender.clone(), Arc::clone(&shared.family));
-        let listen = move || {
-            let why = listening.last_word(|notice| family.heed_branch(notice));
-            let _ = lost.send(Message::MemoryLost(why));
-            std::thread::sleep(LAST_RESORT);
-            std::process::exit(1);
-        };
-        let listener = std::thread::Builder::new().name("lifeline".into()).spawn(listen);
+        let Embryo { shared, sender, inbox, quit } = embryo;
+        let (lost, family) = (sender.clone(), Arc::clone(&shared.family));
+        let quit = Arc::clone(&quit);
         shared.family.born_of(go.generation);
         let mut this = Self::around(machine, shared, resources, (sender, inbox), Some((go.boots, go.run)));
-        if let Err(e) = listener {
-            let _ =
-                this.sender.send(Message::MemoryLost(format!("there is no thread to listen to its page server: {e}")));
-        }
         let branch = Arc::clone(&lifeline.branch);
         this.lifeline = Some(lifeline);
         if go.paused {
@@ -276,6 +268,15 @@ impl Supervisor {
         }
         this.offer();
         this.shared.family.served_by(branch);
+        let lifeline = this.lifeline.as_ref();
+        lifeline.inspect(|lifeline| {
+            lifeline
+                .attend(move |notice| family.heed_branch(notice), move |why| drop(lost.send(Message::MemoryLost(why))));
+        });
+        if quit.load(Ordering::Relaxed) {
+            // Who wanted it to end was told that it will, when it was about to be born.
+            let _ = this.sender.send(Message::Unwanted);
+        }
         (this, link)
     }
 
@@ -366,6 +367,7 @@ impl Supervisor {
                     error!("{message}");
                     Some(EndReason::Failed { message })
                 }
+                Ok(Message::Unwanted) => Some(EndReason::Killed),
                 // Unreachable while `self.sender` lives; ending is right all the same.
                 Err(_) => Some(EndReason::Killed),
             };
@@ -382,7 +384,7 @@ impl Supervisor {
                 }
             }
         }
-        self.shared.family.leave_origin();
+        self.leave_family();
         self.machine = None;
         for hub in [&self.shared.serial, &self.shared.hvc] {
             hub.finish(LAST_WORDS);
@@ -616,13 +618,22 @@ impl Supervisor {
         }
     }
 
+    /// Has nobody share this machine's memory with it any more, which is about to go. While it stands still: who waited for the page
+    /// server then would wait for ever.
+    fn leave_family(&self) {
+        if let Some(machine) = &self.machine {
+            machine.pause();
+        }
+        self.shared.family.leave_origin();
+    }
+
     /// Drops the machine and starts the next one in its place. A VM that was paused meanwhile stays paused.
     fn reboot(&mut self) -> Result<(), ErrorBody> {
         self.boot += 1;
         // The target may have been changed since the VM was configured.
         let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
         // First give the memory back: two machines may not fit.
-        self.shared.family.leave_origin();
+        self.leave_family();
         self.machine = None;
         let next = build(&self.shared.config, &mut self.resources, &self.sender, self.boot)
             .map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;

@@ -5,6 +5,7 @@ mod console;
 mod cpus;
 mod endings;
 mod exits;
+mod fork_deaths;
 mod forking;
 mod interrupts;
 mod memory;

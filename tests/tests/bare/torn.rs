@@ -9,10 +9,10 @@ use iced_x86::code_asm::*;
 /// Where the parts begin, and how long each is.
 const PARTS: u32 = 4 << 20;
 const PART: u32 = 2 << 20;
-const CPUS: u8 = 4;
+pub const CPUS: u8 = 4;
 
 /// Prints a CPU's number whenever it has been through its part, and `bad=` when it found something else than it wrote.
-fn counting() -> Vec<u8> {
+pub fn counting() -> Vec<u8> {
     pvh(|asm| {
         let (mut all, mut round, mut page, mut wrong) =
             (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
@@ -57,7 +57,7 @@ fn counting() -> Vec<u8> {
 }
 
 /// Waits until every CPU has been through its part so many times more.
-fn rounds(vm: &mut Vm, more: usize) {
+pub fn rounds(vm: &mut Vm, more: usize) {
     let mut seen = [0; CPUS as usize];
     while seen.iter().any(|count| *count < more) {
         let byte = vm.take(1)[0];

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use civic_api::launch::ForkConfig;
@@ -30,6 +30,9 @@ use crate::state::{MAX_BYTES, Sections};
 
 /// Where overlays are, if nothing else is said: on a disk, mostly.
 const OVERLAYS: &str = "/var/tmp";
+
+/// How long what must end may take to do so orderly.
+pub const LAST_RESORT: Duration = Duration::from_secs(10);
 
 fn failed(message: impl Into<String>) -> ErrorBody {
     ErrorBody::new(ErrorCode::ForkFailed, message)
@@ -102,8 +105,9 @@ impl Conceived {
         watch_child(&uffd, &mappings).map_err(|e| fork_failed(&e))?;
         let (here, there) = Wire::pair().map_err(io_failed("cannot make a lifeline"))?;
         let branch = Branch::new(here, Arc::clone(&memory.ram)).map_err(|e| fork_failed(&e))?;
-        let lifeline =
-            Lifeline { branch: Arc::new(branch), _uffd: uffd.try_clone().map_err(io_failed("userfaultfd"))? };
+        let watched = uffd.try_clone().map_err(io_failed("cannot keep a userfaultfd"))?;
+        let told = link.try_clone().map_err(io_failed("cannot keep the source's link"))?;
+        let lifeline = Lifeline::new(branch, watched, told).map_err(io_failed("cannot listen to the page server"))?;
         let blank = Machine::unborn(&config, &resources, layout, memory, report)?;
         let handed = uffd.try_clone().map_err(io_failed("cannot hand over a userfaultfd"))?;
         let ready = ToSource::Ready { mappings };
@@ -205,18 +209,64 @@ impl Link {
     }
 }
 
-/// As long as this is held, a child's memory is watched and the page server knows that it lives.
+/// As long as this is held, a child's memory is watched and the page server knows that it lives. A thread hears that all the time: a child
+/// may be lost before it lives, with whoever makes its machine waiting for memory that does not come any more.
 pub struct Lifeline {
     /// The page server, to be asked.
     pub branch: Arc<Branch>,
+    attending: Arc<Mutex<Attending>>,
     /// If it were closed everywhere, who waits for a page would see whatever is there.
     _uffd: OwnedFd,
 }
 
+/// Who is to be told.
+enum Attending {
+    /// The source, of a child that will not be.
+    Source(Wire),
+    /// The child: of its own children, and of its end.
+    Child { notice: Box<dyn FnMut(Notice) + Send>, lost: Box<dyn FnOnce(String) + Send> },
+    /// Nobody any more: that was its last word.
+    Nobody(String),
+}
+
 impl Lifeline {
-    /// Waits for the page server's last word, which is this VM's end; `event` hears of its own children.
-    pub fn last_word(&self, event: impl FnMut(Notice)) -> String {
-        self.branch.hear(event)
+    fn new(branch: Branch, uffd: OwnedFd, source: Wire) -> io::Result<Self> {
+        let branch = Arc::new(branch);
+        let attending = Arc::new(Mutex::new(Attending::Source(source)));
+        let (heard, told) = (Arc::clone(&branch), Arc::clone(&attending));
+        let hear = move || {
+            let locked = || told.lock().unwrap_or_else(PoisonError::into_inner);
+            let why = heard.hear(|event| {
+                if let Attending::Child { notice, .. } = &mut *locked() {
+                    notice(event);
+                }
+            });
+            let attended = std::mem::replace(&mut *locked(), Attending::Nobody(why.clone()));
+            match attended {
+                Attending::Source(link) => {
+                    tracing::error!("the fork is lost before it lives: {why}");
+                    let _ = link.send(&ToSource::Failed { why }, &[]);
+                    // Who waits for the fork waits in vain.
+                    link.shut_down();
+                }
+                Attending::Child { lost, .. } => lost(why),
+                Attending::Nobody(_) => (),
+            }
+            // Whatever hangs because it has no memory any more goes with the process.
+            std::thread::sleep(LAST_RESORT);
+            std::process::exit(1);
+        };
+        std::thread::Builder::new().name("lifeline".into()).spawn(hear)?;
+        Ok(Self { branch, attending, _uffd: uffd })
+    }
+
+    /// From now on `notice` hears of this child's children, and `lost` why it must end; at once, if that was said before.
+    pub fn attend(&self, notice: impl FnMut(Notice) + Send + 'static, lost: impl FnOnce(String) + Send + 'static) {
+        let mut attending = self.attending.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*attending {
+            Attending::Nobody(why) => lost(why.clone()),
+            _ => *attending = Attending::Child { notice: Box::new(notice), lost: Box::new(lost) },
+        }
     }
 }
 
