@@ -311,7 +311,7 @@ fn huge_pages() -> Check {
     let chosen = |file: &str| chosen(&read(&format!("{directory}/{file}"))).unwrap_or("unknown").to_owned();
     let (anonymous, shmem) = (chosen("enabled"), chosen("shmem_enabled"));
     let found = format!("for shared memory '{shmem}', for private memory '{anonymous}'");
-    ok("huge-pages", "guest memory in huge pages is faster; forks of it work either way", found)
+    ok("huge-pages", "guest memory is in small pages whatever is chosen: forks need them", found)
 }
 
 /// The word in brackets: `always [madvise] never`.
