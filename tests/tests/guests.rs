@@ -8,6 +8,8 @@
 mod forked;
 #[path = "guests/limits.rs"]
 mod limits;
+#[path = "guests/loaded.rs"]
+mod loaded;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -75,6 +77,12 @@ fn main() {
     }
     let often = || forked::often(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 60);
     trials.push(trial("forked::often".into(), often).with_ignored_flag(true));
+    // The longer one is the promise's own.
+    for (name, phases, long) in [("short", [(10, 21), (1, 20)], false), ("minutes", [(10, 300), (1, 300)], true)] {
+        let spec = Spec { userland: Userland::Debian, image: Image::BzImage, ..tiny("1G", 2, &[]) };
+        let name = format!("forked::under_load::{name}");
+        trials.push(trial(name, move || loaded::debian(&spec, &phases)).with_ignored_flag(long));
+    }
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times".into(), hundred).with_ignored_flag(true));
     for kernel in ["6.1-cloud", "6.12-cloud"] {

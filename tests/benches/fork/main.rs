@@ -2,10 +2,13 @@
 //!
 //! Run by `cargo xtask bench fork`; its status says whether the promises hold. `--quick` takes fewer samples. A guest of 2 vCPUs writes
 //! 100 MB/s of its RAM, a page at a time and each page once in a sweep, so that every write after a fork point is a first one.
+//!
+//! With `--load`, which needs a host that runs stock kernels, something else instead: what clients of a Debian guest notice of forks.
 
 mod baseline;
 mod footprint;
 mod guest;
+mod load;
 mod table;
 
 use std::path::PathBuf;
@@ -34,20 +37,29 @@ fn main() {
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     let mut effort = Effort { forks: 100, large_forks: 30, crowds: 5 };
     let mut json: Option<PathBuf> = None;
+    let (mut quick, mut loaded) = (false, false);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--quick" => effort = Effort { forks: 15, large_forks: 5, crowds: 1 },
+            "--quick" => {
+                quick = true;
+                effort = Effort { forks: 15, large_forks: 5, crowds: 1 };
+            }
+            "--load" => loaded = true,
             "--json" => json = args.next().map(PathBuf::from),
-            other => panic!("unknown argument {other:?}: --quick, --json PATH"),
+            other => panic!("unknown argument {other:?}: --quick, --load, --json PATH"),
         }
     }
     let mut table = Table::default();
-    baselines(&mut table);
-    let pause = one_gib(&effort, Order::Sequential, &mut table);
-    one_gib(&effort, Order::Scattered, &mut table);
-    eight_gib(&effort, pause, &mut table);
-    crowd(&effort, &mut table);
-    table.add(footprint::idle_child());
+    if loaded {
+        load::run(quick, &mut table);
+    } else {
+        baselines(&mut table);
+        let pause = one_gib(&effort, Order::Sequential, &mut table);
+        one_gib(&effort, Order::Scattered, &mut table);
+        eight_gib(&effort, pause, &mut table);
+        crowd(&effort, &mut table);
+        table.add(footprint::idle_child());
+    }
     print!("{table}");
     if let Some(path) = json {
         let text = serde_json::to_vec_pretty(&table.json()).expect("rows are JSON");

@@ -20,12 +20,25 @@ pub struct Row {
     unit: &'static str,
     values: Vec<f64>,
     promise: Promise,
+    /// What it is compared with: another row's name and values.
+    peer: Option<(String, Vec<f64>)>,
 }
 
 impl Row {
     /// Of these values.
     pub fn new(name: impl Into<String>, unit: &'static str, values: Vec<f64>, promise: Promise) -> Self {
-        Self { name: name.into(), unit, values, promise }
+        Self { name: name.into(), unit, values, promise, peer: None }
+    }
+
+    /// With another row to compare it with.
+    pub fn beside(mut self, name: String, values: Vec<f64>) -> Self {
+        self.peer = Some((name, values));
+        self
+    }
+
+    /// Its quantile as a share of that of what it is compared with.
+    fn ratio(&self, share: f64) -> Option<f64> {
+        self.peer.as_ref().map(|(_, values)| quantile(&self.values, share) / quantile(values, share))
     }
 
     /// The promised quantiles that are exceeded. Nothing measured exceeds everything.
@@ -79,9 +92,12 @@ impl Table {
                 Promise::None => Vec::new(),
                 Promise::AtMost(limits) => limits.to_vec(),
             };
+            let place = if std::env::var_os("TESTBED").is_some() { "testbed" } else { "hardware" };
             json!({
                 "name": row.name, "unit": row.unit, "n": row.values.len(), "p50": q(0.5), "p90": q(0.9), "p99": q(0.99),
-                "max": q(1.0), "promised": limits, "broken": row.broken(),
+                "max": q(1.0), "promised": limits, "broken": row.broken(), "where": place,
+                "peer": row.peer.as_ref().map(|(_, values)| quantile(values, 0.5)), "ratio": row.ratio(0.5),
+                "ratio_p99": row.ratio(0.99),
             })
         };
         self.0.iter().map(row).collect()
@@ -121,9 +137,15 @@ impl fmt::Display for Table {
             )?;
         }
         writeln!(f)?;
+        for row in &self.0 {
+            let (Some((peer, _)), Some(p50), Some(p99)) = (&row.peer, row.ratio(0.5), row.ratio(0.99)) else {
+                continue;
+            };
+            writeln!(f, "{}: {p50:.2} of {peer}'s p50, {p99:.2} of its p99", row.name)?;
+        }
         for line in self.0.iter().flat_map(Row::broken) {
             writeln!(f, "BROKEN: {line}")?;
         }
-        writeln!(f, "LEFT OUT: QEMU's background-snapshot: it needs a guest that its firmware can boot")
+        Ok(())
     }
 }
