@@ -3,9 +3,13 @@
 //! ```text
 //!  cargo xtask bench ── set-up, release build ──► xtask bench-host      where guests run: here, or in the testbed
 //!                                                  ├── boot             process start to user space; the monitor's own memory
-//!                                                  └── io               disks, network, vsock
-//!                                   └► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
+//!                                                  ├── io               disks, network, vsock
+//!                                                  └── fork             forks beside QEMU's background-snapshot
+//!                                   ├► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
+//!                                   └► tests/benches/fork --load       Debian under load, forked
 //! ```
+//!
+//! `bench fork` has parts, each run where it can be; `--only` takes their names.
 //!
 //! The half on the KVM host measures, prints the table and writes the rows as JSON; its status says whether the promises hold.
 //!
@@ -17,14 +21,17 @@ mod boot;
 mod clock;
 mod facts;
 mod fio;
+mod fork;
 mod guest;
 mod images;
 mod io;
 mod machine;
 mod memory;
 mod net;
+mod qmp;
 mod report;
 mod stats;
+mod stillness;
 mod vsock;
 
 use std::fs;
@@ -42,6 +49,8 @@ use report::Report;
 
 /// What only benches need of the system: `qemu-img` makes their qcow2 images.
 const PACKAGES: [&str; 1] = ["qemu-utils"];
+/// The parts of the bench of forks.
+const FORK_PARTS: [&str; 3] = ["bare", "qemu", "load"];
 /// Seconds that a bench may take.
 const TIMEOUT: u64 = 4 * 3600;
 
@@ -52,7 +61,8 @@ pub enum What {
     Boot,
     /// Disks, network and vsock.
     Io,
-    /// Forks of bare-metal guests: pause, first instruction, many children, memory, writes of the source.
+    /// Forks: of bare-metal guests (pause, first instruction, many children, memory, writes of the source), beside QEMU's
+    /// snapshots, and of Debian under load.
     Fork,
     /// `boot` and `io`.
     All,
@@ -76,13 +86,14 @@ pub struct Args {
     testbed: bool,
 }
 
-/// Which of `io`'s rows, on what guests, and how often; what is not given is as the effort has it.
+/// Which of a bench's rows, on what guests, and how often; what is not given is as the effort has it.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Choice {
-    /// Of `io`, only rows whose names begin so: `net.tcp_tx`, `blk.rand`, `vsock`. May be given several times.
+    /// Of `io`, only rows whose names begin so: `net.tcp_tx`, `blk.rand`, `vsock`; of `fork`, only this part: `bare`, `qemu`,
+    /// `load`. May be given several times.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Rounds of each of `io`'s rows.
+    /// Rounds of each of `io`'s rows, and of forks beside QEMU's snapshots.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: Option<u16>,
     /// Seconds of each run of them.
@@ -130,41 +141,88 @@ pub struct HostArgs {
 /// Measures where guests can run; whether all promises hold.
 pub fn run(args: &Args) -> Result<bool> {
     setup::all()?;
+    ensure!(cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])?, "cannot build civic");
+    let folder = client::workspace()?.join("target");
+    fs::create_dir_all(&folder)?;
+    let mut parts = Parts { args, folder, held: true, rows: Vec::new() };
     if args.what == What::Fork {
-        return fork(args);
+        let wanted: Vec<_> = FORK_PARTS.into_iter().filter(|part| args.choice.wants(part)).collect();
+        ensure!(!wanted.is_empty(), "the bench of forks has the parts {FORK_PARTS:?}, not {:?}", args.choice.only);
+        for part in wanted {
+            match part {
+                "qemu" => parts.beside_qemu()?,
+                "load" => parts.forks(Place::for_guests, Some("--load"))?,
+                _ => parts.forks(Place::for_bare, None)?,
+            }
+        }
+    } else {
+        parts.beside_qemu()?;
     }
-    apt::install(&PACKAGES)?;
-    let qemu = testbed_setup::parts()?.qemu;
-    ensure!(cargo(&["build", "--quiet", "--release", "-p", "civic", "-p", "civic-vmm"], &[])?, "cannot build civic");
-    let place = settle(args, Place::for_guests);
-    with_rows(args, |folder, json| {
-        let mut host = vec!["bench-host".to_owned()];
-        host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
-        host.extend(args.quick.then(|| "--quick".to_owned()));
-        host.extend(args.choice.options());
-        host.push(format!("--json={}", json.display()));
-        let clock = (place == Place::Testbed)
-            .then(|| Ticker::start(folder.join(format!("bench-{}.clock", std::process::id()))))
-            .transpose()?;
-        host.extend(clock.as_ref().map(|c| format!("--clock={}", c.path.display())));
-        let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
-        host.push(format!("--qemu={}", program.display()));
-        host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
-        let myself = std::env::current_exe()?;
-        Job { program: &myself, args: &host, root_image: args.what != What::Boot, timeout: TIMEOUT }.run(place)
-    })
+    if let Some(to) = &args.json {
+        let text = serde_json::to_vec_pretty(&parts.rows)?;
+        fs::write(to, text).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    Ok(parts.held)
 }
 
-/// The bench of forks is a program of its own, which needs no stock kernel.
-fn fork(args: &Args) -> Result<bool> {
-    ensure!(cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[])?, "cannot build civic");
-    let program = program("bench", "fork", &["bench"])?;
-    let place = settle(args, Place::for_bare);
-    with_rows(args, |_, json| {
-        let mut options = vec!["--json".to_owned(), json.display().to_string()];
-        options.extend(args.quick.then(|| "--quick".to_owned()));
-        Job { program: &program, args: &options, root_image: false, timeout: TIMEOUT }.run(place)
-    })
+/// A bench in parts, each in the place that it needs.
+struct Parts<'a> {
+    args: &'a Args,
+    /// Of the workspace: both this machine and the testbed write there.
+    folder: PathBuf,
+    /// Whether every promise so far holds.
+    held: bool,
+    rows: Vec<serde_json::Value>,
+}
+
+impl Parts<'_> {
+    /// A program of its own: forks of bare-metal guests, which need no stock kernel, or of Debian.
+    fn forks(&mut self, by_itself: fn() -> (Place, &'static str), load: Option<&str>) -> Result<()> {
+        let program = program("bench", "fork", &["bench"])?;
+        let place = settle(self.args, by_itself);
+        let quick = self.args.quick;
+        self.part(|json| {
+            let mut options = vec!["--json".to_owned(), json.display().to_string()];
+            options.extend(quick.then(|| "--quick".to_owned()));
+            options.extend(load.map(str::to_owned));
+            Job { program: &program, args: &options, root_image: load.is_some(), timeout: TIMEOUT }.run(place)
+        })
+    }
+
+    /// What is measured side by side with QEMU: this program's other half.
+    fn beside_qemu(&mut self) -> Result<()> {
+        let args = self.args;
+        apt::install(&PACKAGES)?;
+        let qemu = testbed_setup::parts()?.qemu;
+        let place = settle(args, Place::for_guests);
+        let clock = self.folder.join(format!("bench-{}.clock", std::process::id()));
+        self.part(|json| {
+            let mut host = vec!["bench-host".to_owned()];
+            host.push(clap::ValueEnum::to_possible_value(&args.what).context("no name")?.get_name().to_owned());
+            host.extend(args.quick.then(|| "--quick".to_owned()));
+            host.extend(args.choice.options());
+            host.push(format!("--json={}", json.display()));
+            let clock = (place == Place::Testbed).then(|| Ticker::start(clock)).transpose()?;
+            host.extend(clock.as_ref().map(|c| format!("--clock={}", c.path.display())));
+            let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
+            host.push(format!("--qemu={}", program.display()));
+            host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
+            let myself = std::env::current_exe()?;
+            let root_image = matches!(args.what, What::Io | What::All);
+            Job { program: &myself, args: &host, root_image, timeout: TIMEOUT }.run(place)
+        })
+    }
+
+    /// Measures, with a file for the rows.
+    fn part(&mut self, measure: impl FnOnce(&Path) -> Result<bool>) -> Result<()> {
+        let json = self.folder.join(format!("bench-{}.json", std::process::id()));
+        self.held &= measure(&json)?;
+        if json.exists() {
+            let rows: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(&json)?)?;
+            self.rows.extend(rows);
+        }
+        cache::remove(&json)
+    }
 }
 
 /// Where to measure, and says so.
@@ -173,20 +231,6 @@ fn settle(args: &Args, by_itself: fn() -> (Place, &'static str)) -> Place {
     let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
     println!("== the bench runs {at}: {why}");
     place
-}
-
-/// Gives `measure` a folder of the workspace, which is what both this machine and the testbed write to, and a file in it for the rows,
-/// which then go where the user wants them.
-fn with_rows(args: &Args, measure: impl FnOnce(&Path, &Path) -> Result<bool>) -> Result<bool> {
-    let folder = client::workspace()?.join("target");
-    fs::create_dir_all(&folder)?;
-    let json = folder.join(format!("bench-{}.json", std::process::id()));
-    let held = measure(&folder, &json);
-    if let (Some(to), true) = (&args.json, json.exists()) {
-        fs::copy(&json, to).with_context(|| format!("cannot write {}", to.display()))?;
-    }
-    cache::remove(&json)?;
-    held
 }
 
 fn in_path(program: &Path) -> Result<PathBuf> {
@@ -200,12 +244,14 @@ pub fn host(args: &HostArgs) -> Result<bool> {
     let tools = Tools::new(&args.qemu, &args.qemu_data)?;
     let clock = Clock::new(args.clock.clone());
     let mut report = Report::new(facts::gather(&tools)?);
-    ensure!(args.what != What::Fork, "the bench of forks is another program");
-    if args.what != What::Io {
+    if matches!(args.what, What::Boot | What::All) {
         boot::run(&tools, &clock, args.quick, &mut report)?;
     }
-    if args.what != What::Boot {
+    if matches!(args.what, What::Io | What::All) {
         io::run(&tools, &clock, args.quick, &args.choice, &mut report)?;
+    }
+    if args.what == What::Fork {
+        fork::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;
     }
     fs::write(&args.json, serde_json::to_vec_pretty(&report.json())?)?;
     print!("{report}");

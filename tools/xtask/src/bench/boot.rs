@@ -56,6 +56,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Re
             disks: vec![Disk { path: disk.clone(), qcow2: false, read_only: false, aio: Aio::IoUring }],
             taps: vec![(tap.name.clone(), false)],
             vsock: None,
+            more: Vec::new(),
         };
         let chosen = choose(tools, clock, quick, report, spec)?;
         let mut boots = CONTESTANTS.map(|_| Boots::default());

@@ -47,7 +47,23 @@ impl<'a> Guest<'a> {
     /// Starts the monitor.
     pub fn start(tools: &'a Tools, spec: &Spec) -> Result<Self> {
         let name = format!("bench-{}", spec.monitor.name().replace([' ', ',', '='], "-"));
-        let mut command = tools.command(spec, &name);
+        Self::start_as(tools, spec, name)
+    }
+
+    /// [`Guest::start`], by another name.
+    pub fn start_as(tools: &'a Tools, spec: &Spec, name: String) -> Result<Self> {
+        let command = tools.command(spec, &name);
+        Self::spawn(tools, spec.monitor, name, command)
+    }
+
+    /// A guest of Civic's that somebody else has started, from now on this value's to end.
+    pub fn attach(tools: &'a Tools, name: String) -> Result<Self> {
+        let command = tools.civic(&["console", &name]);
+        Self::spawn(tools, Monitor::Civic, name, command)
+    }
+
+    /// With a command whose standard input and output are the guest's console.
+    fn spawn(tools: &'a Tools, monitor: Monitor, name: String, mut command: Command) -> Result<Self> {
         let errors = tools.work.join(format!("{name}.errors"));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
         let started = Instant::now();
@@ -64,8 +80,7 @@ impl<'a> Guest<'a> {
                 }
             }
         });
-        let (text, monitor) = (String::new(), spec.monitor);
-        Ok(Self { tools, name, monitor, child, stdin, output, errors, started, text, seen: 0, step: 0 })
+        Ok(Self { tools, name, monitor, child, stdin, output, errors, started, text: String::new(), seen: 0, step: 0 })
     }
 
     /// Waits until `needle` comes after what was waited for before; returns what came before it, and when it came.
@@ -123,6 +138,11 @@ impl<'a> Guest<'a> {
         }
         let info: serde_json::Value = serde_json::from_str(&said(self.tools.civic(&["info", &self.name, "--json"]))?)?;
         info["pid"].as_u64().and_then(|pid| pid.try_into().ok()).context("civic tells no pid")
+    }
+
+    /// What its monitor calls it, if that is Civic.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Which monitor it is.

@@ -94,6 +94,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &
         disks,
         taps: taps.iter().map(|(tap, vhost)| (tap.name.clone(), *vhost)).collect(),
         vsock: vsock.cloned(),
+        more: Vec::new(),
     };
     let specs = [
         spec(Monitor::Civic, ours, &[(&taps[0], false)], sockets.as_ref().map(|s| &s[CIVIC])),

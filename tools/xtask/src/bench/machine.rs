@@ -120,6 +120,8 @@ pub struct Spec {
     /// The taps of its network cards, and whether QEMU leaves the card's work to the kernel's vhost.
     pub taps: Vec<(String, bool)>,
     pub vsock: Option<Vsock>,
+    /// Further arguments.
+    pub more: Vec<String>,
 }
 
 /// The monitors and what they boot.
@@ -172,8 +174,8 @@ impl Tools {
         super::progress("copying the monitors and the kernel into the testbed's memory");
         let to = self.work.join("lib");
         fs::create_dir_all(&to)?;
-        let vmm = self.civic.with_file_name("civic-vmm");
-        for program in [&self.civic, &vmm, &self.qemu, &self.microvm] {
+        let [vmm, pager] = ["civic-vmm", "civic-pager"].map(|name| self.civic.with_file_name(name));
+        for program in [&self.civic, &vmm, &pager, &self.qemu, &self.microvm] {
             let out = said(Command::new("ldd").arg(program))?;
             for library in out.split_whitespace().filter(|w| w.starts_with('/') && !w.contains("/ld-linux")) {
                 fs::copy(library, to.join(Path::new(library).file_name().context("a library without name")?))?;
@@ -187,6 +189,7 @@ impl Tools {
             Ok(to)
         };
         copy(&vmm, "civic-vmm")?;
+        copy(&pager, "civic-pager")?;
         let (civic, qemu, microvm) =
             (copy(&self.civic, "civic")?, copy(&self.qemu, "qemu")?, copy(&self.microvm, "microvm")?);
         let kernels = self.work.join("kernels");
@@ -213,7 +216,26 @@ impl Tools {
     /// `civic`, with this bench's run directory.
     pub fn civic(&self, args: &[&str]) -> Command {
         let mut c = self.program(&self.civic);
-        c.args(args).arg("--run-dir").arg(self.work.join("run"));
+        c.args(args).arg("--run-dir").arg(self.run_dir());
+        c
+    }
+
+    /// The folder with a directory for each of this bench's VMs.
+    pub fn run_dir(&self) -> PathBuf {
+        self.work.join("run")
+    }
+
+    /// A monitor that waits for its source to be forked, for what comes by its standard input.
+    pub fn civic_vmm(&self, name: &str) -> Command {
+        let mut c = self.program(&self.civic.with_file_name("civic-vmm"));
+        c.args(["--config", "-", "--dir"]).arg(self.run_dir().join(name));
+        c
+    }
+
+    /// The page server of a VM.
+    pub fn civic_pager(&self, name: &str) -> Command {
+        let mut c = self.program(&self.civic.with_file_name("civic-pager"));
+        c.arg(self.run_dir().join(name));
         c
     }
 
@@ -265,6 +287,7 @@ impl Tools {
             c.arg("-kernel").arg(kernel).arg("-initrd").arg(&self.initrd).args(["-append", cmdline.trim_end()]);
             qemu_devices(spec, &mut c);
         }
+        c.args(&spec.more);
         c
     }
 }
@@ -367,6 +390,7 @@ mod tests {
             disks: vec![disk.clone()],
             taps: vec![("t0".into(), false)],
             vsock: None,
+            more: Vec::new(),
         };
         let civic = line(&tools.command(&spec(Monitor::Civic), "one"));
         let cmdline = "'console=ttyS0 quiet panic=-1 rdinit=/bench/init x=y'";
