@@ -58,6 +58,7 @@ pub mod times;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -839,14 +840,22 @@ impl Pager {
         // Even if it is still there: the source's next touch would ask for it.
         let back = source.uffd.copy(&source.mappings, offset, self.store.page(slot));
         match (punched, back) {
-            (Ok(()), Ok(())) => {
+            (Ok(()), Ok(0)) => {
                 self.journal.end();
                 Ok(())
+            }
+            // Linux says that it has punched what it has only zeroed: a part of a huge page that it could not split just then
+            // (truncate_inode_partial_folio). Guest memory is in small pages for that reason; nothing is safe where it is not.
+            (Ok(()), Ok(_)) => {
+                let put = self.ram.write_all_at(self.store.page(slot), offset);
+                self.journal.end();
+                let why = || io::Error::other("a page stayed that was taken out: is it part of a huge page?");
+                Err(PagerError::Exchange { offset, source: put.err().unwrap_or_else(why) })
             }
             (Err(e), _) => Err(PagerError::Exchange { offset, source: e.into() }),
             (_, back) => {
                 // A source that is gone needs it no more.
-                let done = self.of_source(back);
+                let done = self.of_source(back.map(drop));
                 if done.is_ok() {
                     self.journal.end();
                 }
@@ -979,7 +988,7 @@ impl Pager {
         match view.page(page) {
             Content::Bytes(bytes) => {
                 self.counters.copied += 1;
-                child.uffd.copy(&child.mappings, offset_of(page), bytes)
+                child.uffd.copy(&child.mappings, offset_of(page), bytes).map(drop)
             }
             Content::Live if kind != FaultKind::Missing => {
                 let (mut first, mut end) = (page, page + 1);

@@ -247,19 +247,19 @@ impl Userfault {
     }
 
     /// Puts `bytes` (whole pages) at `offset`, but for the pages that are there already, and wakes whoever waits for any of
-    /// them.
-    pub(crate) fn copy(&self, mappings: &Mappings, offset: u64, bytes: &[u8]) -> Result<(), UffdError> {
-        let mut rest = bytes;
+    /// them. Returns how many were there.
+    pub(crate) fn copy(&self, mappings: &Mappings, offset: u64, bytes: &[u8]) -> Result<usize, UffdError> {
+        let (mut rest, mut there) = (bytes, 0);
         for (address, len) in mappings.spans(offset, bytes.len() as u64) {
             let (piece, after) = rest.split_at(len as usize);
-            self.copy_mapped(address, piece)?;
+            there += self.copy_mapped(address, piece)?;
             rest = after;
         }
-        Ok(())
+        Ok(there)
     }
 
-    fn copy_mapped(&self, mut address: Hva, mut bytes: &[u8]) -> Result<(), UffdError> {
-        let mut tries = 0;
+    fn copy_mapped(&self, mut address: Hva, mut bytes: &[u8]) -> Result<usize, UffdError> {
+        let (mut tries, mut there) = (0, 0);
         while !bytes.is_empty() {
             // SAFETY: the source is a live slice of this length. The target lies in guest memory, this process's or another's, which
             // is only ever accessed as memory that others change; the kernel refuses what is not registered.
@@ -274,6 +274,7 @@ impl Userfault {
                 }
                 Err(Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => {
                     self.wake(address)?;
+                    there += 1;
                     PAGE
                 }
                 Err(e) => return Err(failed("UFFDIO_COPY")(io_error(e))),
@@ -281,7 +282,7 @@ impl Userfault {
             address.0 += done as u64;
             bytes = &bytes[done..];
         }
-        Ok(())
+        Ok(there)
     }
 
     /// Puts a zero page at `offset` unless there is a page already, and in either case wakes whoever waits for it.

@@ -75,7 +75,9 @@ fn answer_too_late(answer: impl Fn(&Userfault, &Mappings, u64)) {
 #[test]
 fn a_sleeper_wakes_even_if_its_page_came_another_way() {
     answer_too_late(|uffd, mappings, offset| uffd.zero(mappings, offset).unwrap());
-    answer_too_late(|uffd, mappings, offset| uffd.copy(mappings, offset, &contents(9)).unwrap());
+    answer_too_late(|uffd, mappings, offset| {
+        uffd.copy(mappings, offset, &contents(9)).unwrap();
+    });
 }
 
 #[test]
