@@ -1,3 +1,4 @@
+mod failing;
 mod forked;
 mod images;
 mod load;
