@@ -219,18 +219,11 @@ impl Handler for VsockHandler {
     }
 
     fn kicked(&mut self, position: usize) -> Result<(), Fault> {
-        self.tell_reset()?;
-        if position == usize::from(TRANSMIT) {
-            self.take_packets()?;
-        }
-        if self.more_events {
-            self.look()?
-        } else {
-            self.deliver()?
-        }
+        let served = self.serve(position);
         // After what its packets brought the guest: the interrupt for that finds these done as well, and then nobody waits for
-        // another.
-        self.transmit.notify()
+        // another. Also where something was broken: what was done before is done.
+        let told = self.transmit.notify();
+        served.and(told)
     }
 
     fn ready(&mut self, _token: u16) -> Result<(), Fault> {
@@ -243,6 +236,15 @@ impl Handler for VsockHandler {
 }
 
 impl VsockHandler {
+    /// Does what a kick may be for. The driver is not told yet of the packets that were taken from it.
+    fn serve(&mut self, position: usize) -> Result<(), Fault> {
+        self.tell_reset()?;
+        if position == usize::from(TRANSMIT) {
+            self.take_packets()?;
+        }
+        if self.more_events { self.look() } else { self.deliver() }
+    }
+
     /// Tells the driver of a restored device that its connections are gone.
     fn tell_reset(&mut self) -> Result<(), Fault> {
         let ram = self.events.ram();
@@ -303,8 +305,9 @@ impl VsockHandler {
         let turn = self.deliver_turn(&ram, &mut buffers);
         // With any kick that a shortage needs already asked for: it has to come with the next buffer, not with one that is there.
         self.receive.put_back(buffers.len() as u16);
-        turn?;
-        self.receive.notify()?;
+        // Also when the next buffer is broken.
+        let told = self.receive.notify();
+        turn.and(told)?;
         self.board.arm().map_err(host_failed)?;
         if self.transmit_blocked && self.board.takes_packets() {
             self.transmit_blocked = false;

@@ -382,6 +382,13 @@ impl PairHandler {
 /// Sending.
 impl PairHandler {
     fn send_frames(&mut self) -> Result<(), Fault> {
+        let sent = self.send_turn();
+        // Also where the next frame is broken: what was sent before is done.
+        let told = self.transmit.notify();
+        sent.and(told)
+    }
+
+    fn send_turn(&mut self) -> Result<(), Fault> {
         let ram = self.transmit.ram();
         let mut frame = Outgoing::default();
         let (mut frames, mut bytes) = (0, 0);
@@ -403,7 +410,7 @@ impl PairHandler {
             };
             if !self.send(&frame) {
                 self.transmit.put_back(1);
-                return self.transmit.notify();
+                return Ok(());
             }
             self.transmit.used(head, 0)?;
             (frames, bytes) = (frames + 1, bytes + frame.len());
@@ -412,7 +419,6 @@ impl PairHandler {
                 self.transmit.notify()?;
             }
         }
-        self.transmit.notify()?;
         self.transmit.kick_self()
     }
 

@@ -354,3 +354,19 @@ proptest! {
         setup.net.reset();
     }
 }
+
+/// What was sent before a broken chain is done, and the driver hears of it.
+#[test]
+fn frames_before_a_broken_chain_are_told() {
+    let mut setup = Setup::new(RING_FEATURES);
+    setup.net.pause();
+    let queue = &mut setup.driver.queues[1];
+    queue.offer(&[Part::Say(&[&[0; NET_HEADER][..], b"sent"].concat())]);
+    queue.publish(QUEUE_SIZE);
+    queue.kick();
+    setup.net.resume();
+    setup.driver.await_fault();
+    assert_eq!(setup.leave()[NET_HEADER..], *b"sent");
+    assert!(setup.driver.queues[1].has_used());
+    assert_eq!(setup.driver.interrupts(), 1);
+}

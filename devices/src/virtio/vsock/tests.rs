@@ -617,3 +617,33 @@ fn a_driver_must_enable_all_queues_and_give_sound_buffers() {
         guest.driver.await_fault();
     }
 }
+
+/// What was done before something broken was met is done, and the driver hears of it. Found by fuzzing.
+#[test]
+fn what_is_done_before_a_broken_chain_is_told() {
+    // Packets sent at a time, and whether a good buffer lies before the broken one; then interrupts.
+    for (packets, good, told) in [(1, false, 1), (2, true, 2)] {
+        let mut guest = Guest::new(|_| ());
+        guest.device.pause();
+        let receive = &mut guest.driver.queues[0];
+        if good {
+            receive.offer(&[Part::Room(HEADER + 100)]);
+        }
+        receive.offer(&[Part::Room(HEADER)]);
+        // Each is refused.
+        (0..packets).for_each(|port| guest.send(Op::Request, Ports { guest: 10 + port, host: 1 }, &[]));
+        guest.device.resume();
+        guest.driver.await_fault();
+        assert_eq!((guest.driver.interrupts(), guest.driver.queues[0].has_used()), (told, good));
+        guest.settle();
+    }
+    // As one of the driver's own.
+    let mut guest = guest();
+    guest.device.pause();
+    guest.send(Op::Reset, Ports { guest: 10, host: 1 }, &[]);
+    guest.driver.queues[1].publish(QUEUE_SIZE);
+    guest.device.resume();
+    guest.driver.await_fault();
+    assert_eq!(guest.driver.interrupts(), 1);
+    guest.settle();
+}
