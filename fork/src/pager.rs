@@ -381,6 +381,8 @@ pub struct Pager {
     pages: usize,
     source: Option<Source>,
     store: Store,
+    /// The host had no memory for more slots. Only when one is wanted is that a reason to give something up.
+    starved: bool,
     journal: Journal,
     phase: Phase,
     generations: BTreeMap<GenerationId, Generation>,
@@ -429,6 +431,7 @@ impl Pager {
             pages,
             source: Some(Source { uffd, mappings }),
             store,
+            starved: false,
             journal,
             phase: Phase::Idle,
             generations: BTreeMap::new(),
@@ -505,7 +508,14 @@ impl Pager {
 
     /// Whether [`Pager::step`] has something to do though nobody waits.
     pub fn busy(&self) -> bool {
-        matches!(self.phase, Phase::Arming { .. } | Phase::Disarming { .. }) || !self.warming.is_empty()
+        matches!(self.phase, Phase::Arming { .. } | Phase::Disarming { .. })
+            || !self.warming.is_empty()
+            || self.wants_slots()
+    }
+
+    /// Whether slots should be made ready for what the source is about to overwrite.
+    fn wants_slots(&self) -> bool {
+        !self.starved && self.source.is_some() && !self.generations.is_empty() && self.store.is_short()
     }
 
     /// Starts protecting the source's memory, while it runs, for a fork that comes now. [`Pager::armed`] tells when that is done.
@@ -694,7 +704,9 @@ impl Pager {
             Phase::Arming { next, rounds } => self.arm_on(next, rounds)?,
             Phase::Disarming { next } => self.disarm_on(next)?,
             _ => {
-                if let Some((id, first, len)) = self.warming.pop_front() {
+                if self.wants_slots() {
+                    self.starved = !self.store.prepare();
+                } else if let Some((id, first, len)) = self.warming.pop_front() {
                     self.warm(id, first, len);
                 }
             }
@@ -931,6 +943,7 @@ impl Pager {
             self.store.release(slot);
         }
         self.store.trim();
+        self.starved = false;
     }
 
     /// Once nobody has anything of the source's, nor waits for it, it is not watched any more, unless the next fork is being made.

@@ -6,7 +6,8 @@
 //!       └────────────────── too many are ready: punched, their memory goes back to the host ◀─────────┘
 //! ```
 //!
-//! A slot has memory behind it before it is given out, so filling it cannot fail. Running out is an error on growing, and the limit
+//! A slot has memory behind it, and is in this process's page table, before it is given out, so filling it cannot fail, nor waits for the
+//! kernel to find it. Best before it is wanted: [`Store::prepare`]. Running out is an error on growing, and the limit
 //! counts slots that have memory. The first slot is for a page that is only passing through. The memfd is the source's too: what is
 //! in a slot survives the page server.
 #![allow(unsafe_code)]
@@ -64,6 +65,8 @@ pub enum StoreError {
 const PASSAGE: Slot = Slot(0);
 /// Slots that get memory at a time.
 const GROWTH: u32 = 64;
+/// Slots that are made ready beforehand, while something is kept.
+const AHEAD: usize = 128;
 /// Slots kept ready; of more than that, the memory goes back to the host.
 const READY: usize = 1024;
 
@@ -103,6 +106,18 @@ impl Store {
     /// Most slots there can be.
     pub fn limit(&self) -> u32 {
         self.limit
+    }
+
+    /// Whether [`Store::prepare`] has something to do.
+    pub fn is_short(&self) -> bool {
+        self.ready.len() < AHEAD && self.used + (self.ready.len() as u32) < self.limit
+    }
+
+    /// Gives memory to a few slots before they are wanted: whoever waits then need not wait for that. That there is none is told when they
+    /// are; true if there was.
+    pub fn prepare(&mut self) -> bool {
+        let before = self.ready.len();
+        self.grow().is_ok() && self.ready.len() > before
     }
 
     /// A slot with memory behind it; its content is anything. It is taken by [`Store::fill`].
@@ -193,7 +208,9 @@ impl Store {
     fn back(&self, first: u32, len: u32) -> Result<(), StoreError> {
         let (offset, bytes) = (Slot(first).offset() as i64, i64::from(len) * PAGE as i64);
         let kept = fallocate(&self.memfd, FallocateFlags::empty(), offset, bytes);
-        kept.map_err(|e| StoreError::NoMemory(e.into()))
+        kept.map_err(|e| StoreError::NoMemory(e.into()))?;
+        self.map.populate(Slot(first), len);
+        Ok(())
     }
 }
 
@@ -221,6 +238,13 @@ impl Map {
         assert!(offset + PAGE <= self.len, "slot {slot:?} lies outside the store");
         // SAFETY: the offset lies within the mapping, as has just been checked.
         unsafe { self.start.as_ptr().cast::<u8>().add(offset) }
+    }
+
+    /// Puts these pages, which have memory, into the page table all at once.
+    fn populate(&self, first: Slot, len: u32) {
+        // SAFETY: it changes nothing of what is there, and the pages lie within the mapping: `at` checks the first, the store's limit bounds
+        // the last. An older kernel (before Linux 5.14) does it at the first touch of each.
+        let _ = unsafe { libc::madvise(self.at(first).cast(), len as usize * PAGE, libc::MADV_POPULATE_WRITE) };
     }
 
     fn read(&mut self, slot: Slot, from: &File, offset: u64) -> io::Result<()> {

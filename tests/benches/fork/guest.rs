@@ -31,8 +31,16 @@ pub enum Order {
 }
 
 impl Order {
+    /// Behind the name of what was measured so.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Sequential => "",
+            Self::Scattered => ".scattered",
+        }
+    }
+
     /// Pages from one to the next. The scattered one's is a prime that divides no number of pages here, so that each page has its turn once.
-    fn stride(self) -> u32 {
+    pub fn stride(self) -> u32 {
         match self {
             Self::Sequential => 1,
             Self::Scattered => 7919,

@@ -36,7 +36,7 @@ pub fn monitor_binary() -> PathBuf {
 }
 
 /// One of the product's binaries.
-fn binary(name: &str) -> PathBuf {
+pub fn binary(name: &str) -> PathBuf {
     let dir = match std::env::var_os("CIVIC_BIN_DIR") {
         Some(dir) => PathBuf::from(dir),
         None => {
