@@ -63,8 +63,8 @@ pub enum StoreError {
 
 /// For a page that nobody needs kept, while it is exchanged.
 const PASSAGE: Slot = Slot(0);
-/// Slots that get memory at a time.
-const GROWTH: u32 = 64;
+/// Slots that get memory at a time: a write that comes just then waits for all of them.
+const GROWTH: u32 = 8;
 /// Slots that are made ready beforehand, while something is kept.
 const AHEAD: usize = 128;
 /// Slots kept ready; of more than that, the memory goes back to the host.
