@@ -46,6 +46,7 @@
 
 pub mod generation;
 pub mod journal;
+mod mapped;
 pub mod protocol;
 pub mod server;
 pub mod snapshot;

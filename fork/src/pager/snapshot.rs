@@ -5,14 +5,13 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
-use std::ptr::NonNull;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::ProtFlags;
 
 use super::GenerationId;
+use super::mapped::Mapped;
 use crate::ram::PAGE;
 
 /// What nobody may be able to do to it any more.
@@ -41,7 +40,7 @@ pub struct Snapshot {
     places: Vec<u32>,
     count: u32,
     /// None of an empty one.
-    map: Option<Map>,
+    map: Option<Mapped>,
 }
 
 impl Snapshot {
@@ -71,7 +70,7 @@ impl Snapshot {
                 _ => return Err(SnapshotError::Page(page)),
             }
         }
-        let map = Some(Map::new(memfd, len as usize)?);
+        let map = Some(Mapped::new(memfd, len as usize, ProtFlags::PROT_READ)?);
         Ok(Self { above, places, count, map })
     }
 
@@ -83,47 +82,14 @@ impl Snapshot {
     /// What a page was, if it has it.
     pub fn page(&self, page: u32) -> Option<&[u8]> {
         let place = self.places[page as usize].checked_sub(1)?;
-        Some(self.map.as_ref()?.page(place as usize))
+        let start = self.map.as_ref()?.at(place as usize);
+        // SAFETY: a page of this mapping, of a file that is sealed: nobody writes it, and it cannot become shorter.
+        Some(unsafe { std::slice::from_raw_parts(start, PAGE) })
     }
 
     /// How many it has.
     pub fn count(&self) -> u32 {
         self.count
-    }
-}
-
-/// The pages, mapped for reading.
-#[derive(Debug)]
-struct Map {
-    start: NonNull<libc::c_void>,
-    len: usize,
-}
-
-// SAFETY: the mapping belongs to this value alone, and nobody can write what it maps.
-unsafe impl Send for Map {}
-
-impl Map {
-    fn new(memfd: &File, len: usize) -> io::Result<Self> {
-        let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: a new mapping, at an address that the kernel chooses, of a file that can be neither cut nor written any more.
-        let start = unsafe { mmap(None, size, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, memfd, 0) }?;
-        Ok(Self { start, len })
-    }
-
-    fn page(&self, place: usize) -> &[u8] {
-        let at = place * PAGE;
-        assert!(at + PAGE <= self.len, "page {place} lies outside the snapshot");
-        // SAFETY: the offset lies within the mapping, as has just been checked.
-        let start = unsafe { self.start.as_ptr().cast::<u8>().add(at) };
-        // SAFETY: a page of this mapping, of a file that is sealed: nobody writes it, and it cannot become shorter.
-        unsafe { std::slice::from_raw_parts(start, PAGE) }
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing borrowed from it is left.
-        let _ = unsafe { munmap(self.start, self.len) };
     }
 }
 

@@ -14,14 +14,13 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::ProtFlags;
 
+use super::mapped::Mapped;
 use crate::ram::PAGE;
 
 /// A place for one page.
@@ -216,28 +215,15 @@ impl Store {
 
 /// The memfd, mapped.
 #[derive(Debug)]
-struct Map {
-    start: NonNull<libc::c_void>,
-    len: usize,
-}
-
-// SAFETY: the mapping belongs to this value alone, and is used only through it.
-unsafe impl Send for Map {}
+struct Map(Mapped);
 
 impl Map {
     fn new(memfd: &File, len: usize) -> io::Result<Self> {
-        let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping, at an address that the kernel chooses, of a file that lives as long as it is mapped.
-        let start = unsafe { mmap(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, memfd, 0) }?;
-        Ok(Self { start, len })
+        Mapped::new(memfd, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).map(Self)
     }
 
     fn at(&self, slot: Slot) -> *mut u8 {
-        let offset = slot.offset() as usize;
-        assert!(offset + PAGE <= self.len, "slot {slot:?} lies outside the store");
-        // SAFETY: the offset lies within the mapping, as has just been checked.
-        unsafe { self.start.as_ptr().cast::<u8>().add(offset) }
+        self.0.at(slot.0 as usize)
     }
 
     /// Puts these pages, which have memory, into the page table all at once.
@@ -265,13 +251,6 @@ impl Map {
 }
 
 const PAGE_READ: isize = PAGE as isize;
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing borrowed from it is left.
-        let _ = unsafe { munmap(self.start, self.len) };
-    }
-}
 
 #[cfg(test)]
 mod tests {
