@@ -254,11 +254,8 @@ impl Supervisor {
         let Born { machine, resources, go, lifeline, link } = born;
         let Embryo { shared, sender, inbox, quit } = embryo;
         let (lost, family) = (sender.clone(), Arc::clone(&shared.family));
-        let quit = Arc::clone(&quit);
         shared.family.born_of(go.generation);
         let mut this = Self::around(machine, shared, resources, (sender, inbox), Some((go.boots, go.run)));
-        let branch = Arc::clone(&lifeline.branch);
-        this.lifeline = Some(lifeline);
         if go.paused {
             let mut status = this.shared.status();
             status.state = VmState::Paused;
@@ -267,12 +264,9 @@ impl Supervisor {
             this.start();
         }
         this.offer();
-        this.shared.family.served_by(branch);
-        let lifeline = this.lifeline.as_ref();
-        lifeline.inspect(|lifeline| {
-            lifeline
-                .attend(move |notice| family.heed_branch(notice), move |why| drop(lost.send(Message::MemoryLost(why))));
-        });
+        this.shared.family.served_by(Arc::clone(&lifeline.branch));
+        lifeline.attend(move |notice| family.heed_branch(notice), move |why| drop(lost.send(Message::MemoryLost(why))));
+        this.lifeline = Some(lifeline);
         if quit.load(Ordering::Relaxed) {
             // Who wanted it to end was told that it will, when it was about to be born.
             let _ = this.sender.send(Message::Unwanted);
