@@ -308,3 +308,27 @@ impl PageService for Branch {
         self.inner().ended.is_none()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::{SpliceFFlags, splice};
+
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn a_page_that_somebody_holds_does_not_keep_a_draft_from_being_sealed() {
+        let memfd = testing::memfd(8 * PAGE as u64);
+        testing::fill(&memfd, 0..8);
+        let memory = testing::private(&memfd, &[8 * PAGE as u64]);
+        let mut draft = Draft::new().unwrap();
+        draft.copy(&memory, 2, 3).unwrap();
+        // A pipe holds the page itself, no copy.
+        let (_held, pipe) = nix::unistd::pipe().unwrap();
+        let spliced = splice(&draft.memfd, Some(&mut 0), &pipe, None, PAGE, SpliceFFlags::empty()).unwrap();
+        assert_eq!(spliced, PAGE);
+        assert_eq!(draft.seal().unwrap(), 3);
+        assert!(draft.memfd.write_all_at(&[1], 0).is_err());
+        assert!(draft.memfd.set_len(0).is_err());
+    }
+}

@@ -64,6 +64,7 @@ use std::time::Instant;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
+use vm_memory::VolatileSlice;
 
 use self::generation::{Generation, Kept, Pages};
 use self::journal::{InFlight, Journal};
@@ -323,7 +324,10 @@ struct View<'a> {
 }
 
 enum Content<'a> {
-    Bytes(&'a [u8]),
+    /// In the store.
+    Kept(&'a [u8]),
+    /// In a parent's snapshot.
+    Own(VolatileSlice<'a>),
     Zero,
     /// As it is in the source's memory now.
     Live,
@@ -346,12 +350,12 @@ impl<'a> View<'a> {
 
     fn page(&self, page: u32) -> Content<'a> {
         if let Some(bytes) = self.snapshots.iter().find_map(|snapshot| snapshot.page(page)) {
-            return Content::Bytes(bytes);
+            return Content::Own(bytes);
         }
         match self.generation.get(page) {
             Kept::Live => Content::Live,
             Kept::Zero => Content::Zero,
-            Kept::In(slot) => Content::Bytes(self.store.page(slot)),
+            Kept::In(slot) => Content::Kept(self.store.page(slot)),
         }
     }
 
@@ -1002,9 +1006,13 @@ impl Pager {
         let Some(view) = View::of(&self.snapshots, &self.generations, &self.store, point) else { return Ok(()) };
         child.given.add(page);
         match view.page(page) {
-            Content::Bytes(bytes) => {
+            Content::Kept(bytes) => {
                 self.counters.copied += 1;
                 child.uffd.copy(&child.mappings, offset_of(page), bytes).map(drop)
+            }
+            Content::Own(bytes) => {
+                self.counters.copied += 1;
+                child.uffd.copy_volatile(&child.mappings, offset_of(page), bytes).map(drop)
             }
             Content::Live if kind != FaultKind::Missing => {
                 let (mut first, mut end) = (page, page + 1);

@@ -27,6 +27,7 @@ pub use userfaultfd::FaultKind;
 pub use userfaultfd::FeatureFlags;
 use userfaultfd::{Error, Event, Uffd};
 pub(crate) use userfaultfd::{EventBuffer, IoctlFlags, RegisterMode};
+use vm_memory::VolatileSlice;
 
 use crate::ram::{Hva, Mapping, Mappings, PAGE};
 
@@ -249,25 +250,40 @@ impl Userfault {
     /// Puts `bytes` (whole pages) at `offset`, but for the pages that are there already, and wakes whoever waits for any of
     /// them. Returns how many were there.
     pub(crate) fn copy(&self, mappings: &Mappings, offset: u64, bytes: &[u8]) -> Result<usize, UffdError> {
-        let (mut rest, mut there) = (bytes, 0);
+        // SAFETY: a live slice of this length, which is only read.
+        let bytes = unsafe { VolatileSlice::new(bytes.as_ptr().cast_mut(), bytes.len()) };
+        self.copy_volatile(mappings, offset, bytes)
+    }
+
+    /// The same, of bytes that somebody may change meanwhile.
+    pub(crate) fn copy_volatile(
+        &self,
+        mappings: &Mappings,
+        offset: u64,
+        bytes: VolatileSlice<'_>,
+    ) -> Result<usize, UffdError> {
+        let (mut done, mut there) = (0, 0);
         for (address, len) in mappings.spans(offset, bytes.len() as u64) {
-            let (piece, after) = rest.split_at(len as usize);
-            there += self.copy_mapped(address, piece)?;
-            rest = after;
+            // SAFETY: the spans together are as long as the slice.
+            let from = unsafe { bytes.ptr_guard().as_ptr().add(done) };
+            there += self.copy_mapped(address, from, len as usize)?;
+            done += len as usize;
         }
         Ok(there)
     }
 
-    fn copy_mapped(&self, mut address: Hva, mut bytes: &[u8]) -> Result<usize, UffdError> {
+    /// From `from` on `len` bytes must be readable.
+    fn copy_mapped(&self, mut address: Hva, mut from: *const u8, mut len: usize) -> Result<usize, UffdError> {
         let (mut tries, mut there) = (0, 0);
-        while !bytes.is_empty() {
-            // SAFETY: the source is a live slice of this length. The target lies in guest memory, this process's or another's, which
-            // is only ever accessed as memory that others change; the kernel refuses what is not registered.
-            let copied = unsafe { self.0.copy(bytes.as_ptr().cast(), address.0 as _, bytes.len(), true) };
+        while len > 0 {
+            // SAFETY: the source is so long, as whoever calls has made sure, and is read by the kernel alone. The target lies in guest
+            // memory, this process's or another's, which is only ever accessed as memory that others change; the kernel refuses what is
+            // not registered.
+            let copied = unsafe { self.0.copy(from.cast(), address.0 as _, len, true) };
             let done = match copied {
                 Ok(copied) => copied,
                 // Up to a page that is there. Linux says -EAGAIN where it copied nothing: the address space was changing.
-                Err(Error::PartiallyCopied(copied)) if copied <= bytes.len() => copied,
+                Err(Error::PartiallyCopied(copied)) if copied <= len => copied,
                 Err(Error::PartiallyCopied(_)) if tries < TRIES => {
                     tries += 1;
                     0
@@ -280,7 +296,9 @@ impl Userfault {
                 Err(e) => return Err(failed("UFFDIO_COPY")(io_error(e))),
             };
             address.0 += done as u64;
-            bytes = &bytes[done..];
+            // SAFETY: the kernel copies at most what it was asked for.
+            from = unsafe { from.add(done) };
+            len -= done;
         }
         Ok(there)
     }

@@ -1,6 +1,9 @@
 //! A child's own pages as they were when it was forked itself, in a memfd that it made: the pages, and after them their numbers.
 //!
-//! The child may be hostile, so the memfd must be sealed: nobody can change or cut it any more. What is in it is its children's business.
+//! The child may be hostile, so the memfd must be sealed: nobody can cut it any more, and nobody who has not mapped it before can change it.
+//! One that has harms its own children, as it could by what it puts in. Against that too there is a seal (`F_SEAL_WRITE`); but Linux waits for
+//! it until nobody else has a reference to any of the pages, and gives up (`EBUSY`) if one that it is moving about stays busy for 150 ms
+//! (`memfd_wait_for_pins`): the seal is put on while a VM is paused.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -9,13 +12,14 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::mman::ProtFlags;
+use vm_memory::VolatileSlice;
 
 use super::GenerationId;
 use super::mapped::Mapped;
 use crate::ram::PAGE;
 
 /// What nobody may be able to do to it any more.
-pub const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_WRITE);
+pub const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_FUTURE_WRITE);
 
 /// Why a snapshot is none.
 #[derive(Debug, thiserror::Error)]
@@ -80,11 +84,11 @@ impl Snapshot {
     }
 
     /// What a page was, if it has it.
-    pub fn page(&self, page: u32) -> Option<&[u8]> {
+    pub fn page(&self, page: u32) -> Option<VolatileSlice<'_>> {
         let place = self.places[page as usize].checked_sub(1)?;
         let start = self.map.as_ref()?.at(place as usize);
-        // SAFETY: a page of this mapping, of a file that is sealed: nobody writes it, and it cannot become shorter.
-        Some(unsafe { std::slice::from_raw_parts(start, PAGE) })
+        // SAFETY: a page of this mapping, which lives as long as it is borrowed, of a file that cannot become shorter.
+        Some(unsafe { VolatileSlice::new(start, PAGE) })
     }
 
     /// How many it has.
@@ -111,22 +115,30 @@ mod tests {
         file
     }
 
+    fn bytes(snapshot: &Snapshot, page: u32) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; PAGE];
+        snapshot.page(page).map(|page| {
+            page.copy_to(&mut bytes[..]);
+            bytes
+        })
+    }
+
     #[test]
     fn it_has_what_was_put_in_and_nothing_else() {
         let snapshot = Snapshot::open(&memfd(&[7, 0, 31], SEALS), 3, 32, 5).unwrap();
         for page in 0..32 {
             let there = [7, 0, 31].contains(&page);
             assert_eq!(snapshot.has(page), there);
-            assert_eq!(snapshot.page(page), there.then(|| contents(page.into())).as_ref().map(|page| &page[..]));
+            assert_eq!(bytes(&snapshot, page), there.then(|| contents(page.into()).to_vec()));
         }
         let empty = Snapshot::open(&memfd(&[], SealFlag::empty()), 0, 32, 5).unwrap();
-        assert_eq!((empty.count(), empty.page(3)), (0, None));
+        assert_eq!((empty.count(), bytes(&empty, 3)), (0, None));
     }
 
     #[test]
     fn one_that_could_change_or_makes_no_sense_is_refused() {
         let open = |file: &File, count| Snapshot::open(file, count, 32, 1).unwrap_err();
-        for seals in [SealFlag::empty(), SEALS - SealFlag::F_SEAL_SHRINK, SEALS - SealFlag::F_SEAL_WRITE] {
+        for seals in [SealFlag::empty(), SEALS - SealFlag::F_SEAL_SHRINK, SEALS - SealFlag::F_SEAL_FUTURE_WRITE] {
             assert!(matches!(open(&memfd(&[1], seals), 1), SnapshotError::Unsealed));
         }
         assert!(matches!(open(&memfd(&[1, 32], SEALS), 2), SnapshotError::Page(32)));
