@@ -5,6 +5,7 @@
 pub mod branch;
 pub mod disk;
 pub mod hello;
+pub mod huge;
 pub mod image;
 pub mod lazy;
 pub mod mappings;

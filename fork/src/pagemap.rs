@@ -1,5 +1,5 @@
-//! Which pages of a private mapping are the process's own, and which of those it has written since it was asked last: `PAGEMAP_SCAN`
-//! (Linux 6.7), on memory whose userfaultfd lifts write protection by itself.
+//! What is in this process's page table: `PAGEMAP_SCAN` (Linux 6.7). Which pages of a private mapping are the process's own, and which of those it
+//! has written since it was asked last, on memory whose userfaultfd lifts write protection by itself; and what is mapped by huge pages.
 //!
 //! The kernel reports a page as written as long as it is not protected, and protects what it reports in the same step: whoever copies
 //! a page after it was reported, and asks again until nothing is left, has all of it.
@@ -49,6 +49,7 @@ const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const PFNZERO: u64 = 1 << 5;
+const HUGE: u64 = 1 << 6;
 
 /// Regions reported at a time.
 const REGIONS: usize = 1024;
@@ -72,6 +73,20 @@ impl PageMap {
         File::open("/proc/self/pagemap").map(Self)
     }
 
+    /// Whether the kernel has the call.
+    pub fn scans(&self) -> bool {
+        let here = (&raw const *self as u64) & !(PAGE as u64 - 1);
+        self.scan(here, here + PAGE as u64, &Wanted::HUGE, &mut [Region::default()]).is_ok()
+    }
+
+    /// What of `len` bytes from `start` on is mapped by huge pages.
+    ///
+    /// # Errors
+    /// When the kernel cannot.
+    pub fn huge(&self, start: Hva, len: u64) -> io::Result<Vec<(Hva, Hva)>> {
+        self.regions(start, len, &Wanted::HUGE)
+    }
+
     /// The pages of `mappings`, as runs, that are this process's own, not the file's nor the zero page, and were written since they were
     /// reported last.
     ///
@@ -80,35 +95,41 @@ impl PageMap {
     pub fn written(&self, mappings: &Mappings) -> io::Result<Vec<(u32, u32)>> {
         let mut runs = Vec::new();
         for piece in mappings.iter() {
-            let (mut start, end) = (piece.start.0, piece.start.0 + piece.len);
-            while start < end {
-                let mut regions = [Region::default(); REGIONS];
-                let (walked, found) = self.scan(start, end, &mut regions)?;
-                for region in &regions[..found] {
-                    let offset = mappings.offset_of(Hva(region.start)).ok_or(io::ErrorKind::InvalidData)?;
-                    let pages = (region.end - region.start) / PAGE as u64;
-                    runs.push(((offset / PAGE as u64) as u32, pages as u32));
-                }
-                start = walked;
+            for (from, to) in self.regions(piece.start, piece.len, &Wanted::WRITTEN)? {
+                let offset = mappings.offset_of(from).ok_or(io::ErrorKind::InvalidData)?;
+                let pages = (to.0 - from.0) / PAGE as u64;
+                runs.push(((offset / PAGE as u64) as u32, pages as u32));
             }
         }
         Ok(runs)
     }
 
-    fn scan(&self, start: u64, end: u64, regions: &mut [Region]) -> io::Result<(u64, usize)> {
+    fn regions(&self, start: Hva, len: u64, wanted: &Wanted) -> io::Result<Vec<(Hva, Hva)>> {
+        let (mut start, end) = (start.0, start.0 + len);
+        let mut all = Vec::new();
+        while start < end {
+            let mut regions = [Region::default(); REGIONS];
+            let (walked, found) = self.scan(start, end, wanted, &mut regions)?;
+            all.extend(regions[..found].iter().map(|region| (Hva(region.start), Hva(region.end))));
+            start = walked;
+        }
+        Ok(all)
+    }
+
+    fn scan(&self, start: u64, end: u64, wanted: &Wanted, regions: &mut [Region]) -> io::Result<(u64, usize)> {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags: WP_MATCHING | CHECK_WPASYNC,
+            flags: wanted.flags,
             start,
             end,
             walk_end: 0,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             max_pages: 0,
-            category_inverted: FILE | PFNZERO,
-            category_mask: WRITTEN | FILE | PFNZERO,
-            category_anyof_mask: PRESENT | SWAPPED,
-            return_mask: WRITTEN,
+            category_inverted: wanted.not,
+            category_mask: wanted.all | wanted.not,
+            category_anyof_mask: wanted.any,
+            return_mask: wanted.all,
         };
         // SAFETY: `arg` is a live `struct pm_scan_arg`, and its vector a live slice of as many regions as it says, borrowed for writing.
         let found = unsafe { ioctl::pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }?;
@@ -117,6 +138,20 @@ impl PageMap {
         }
         Ok((arg.walk_end, found as usize))
     }
+}
+
+/// Which pages are reported: those that are all of `all`, none of `not` and, if it says anything, one of `any`.
+struct Wanted {
+    flags: u64,
+    all: u64,
+    not: u64,
+    any: u64,
+}
+
+impl Wanted {
+    const WRITTEN: Self =
+        Self { flags: WP_MATCHING | CHECK_WPASYNC, all: WRITTEN, not: FILE | PFNZERO, any: PRESENT | SWAPPED };
+    const HUGE: Self = Self { flags: 0, all: HUGE, not: 0, any: 0 };
 }
 
 #[cfg(test)]

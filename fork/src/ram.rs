@@ -12,7 +12,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 pub use crate::mappings::{Hva, Mapping, Mappings};
 
-/// A page of the host, and of the guest: 4 KiB. RAM on huge pages has no place here yet.
+/// A page of the host, and of the guest: 4 KiB, of which forks share memory. What the host puts together it splits for them: [`crate::huge`].
 pub const PAGE: usize = 4096;
 
 /// Why memory is not what this crate can watch and fill.

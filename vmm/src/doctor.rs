@@ -14,7 +14,7 @@ use civic_api::doctor::{Check, Report, Status};
 use civic_api::launch::SOCKET_FILE;
 use civic_api::{ByteSize, MAX_NAME_BYTES, MIN_MEMORY_BYTES};
 use civic_devices::virtio::block;
-use civic_fork::support;
+use civic_fork::{huge, support};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{AccessFlags, access};
@@ -307,16 +307,24 @@ fn userfaultfd(support: &support::Support) -> Check {
 }
 
 fn huge_pages() -> Check {
-    let directory = "/sys/kernel/mm/transparent_hugepage";
-    let chosen = |file: &str| chosen(&read(&format!("{directory}/{file}"))).unwrap_or("unknown").to_owned();
-    let (anonymous, shmem) = (chosen("enabled"), chosen("shmem_enabled"));
-    let found = format!("for shared memory '{shmem}', for private memory '{anonymous}'");
-    ok("huge-pages", "guest memory is in small pages whatever is chosen: forks need them", found)
+    huge_pages_where(huge::host_setting().as_deref(), huge::usable())
 }
 
-/// The word in brackets: `always [madvise] never`.
-fn chosen(text: &str) -> Option<&str> {
-    Some(text.split_once('[')?.1.split_once(']')?.0)
+fn huge_pages_where(shmem: Option<&str>, usable: bool) -> Check {
+    const NAME: &str = "huge-pages";
+    const WHY: &str = "guests are faster in huge pages; while one is forked its memory is in small ones";
+    const FIX: &str = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled; VMs run without";
+    match shmem {
+        None => {
+            warn(NAME, WHY, "this kernel has none", "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE; VMs run without")
+        }
+        Some(_) if !usable => {
+            let fix = "use Linux 6.7 or later, and no other size of them for shared memory; VMs run without";
+            warn(NAME, WHY, "they could not be split for a fork: not used", fix)
+        }
+        Some(chosen @ ("never" | "deny")) => warn(NAME, WHY, format!("for shared memory '{chosen}'"), FIX),
+        Some(chosen) => ok(NAME, WHY, format!("for shared memory '{chosen}'")),
+    }
 }
 
 fn cgroup(own: &str, controllers: &str) -> Check {

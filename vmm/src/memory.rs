@@ -1,10 +1,8 @@
 //! Guest RAM: one memfd, mapped shared, seen by the guest in the layout's regions.
 //!
 //! Invariants: every byte of guest RAM lies in the one memfd, so that a fork can protect, share and punch it as a whole; the
-//! memfd's mode is 0600 and it is never executable, so that a descriptor of it cannot be reopened by another user; no page of it is part of
-//! a huge page, whatever the host's settings are. Where one page is punched out of a huge page that Linux cannot split just then (somebody
-//! has a reference for a moment, as KVM has while it handles a fault), `fallocate` makes that page zero, leaves it where it is and says that
-//! all is well (`truncate_inode_partial_folio` in `mm/truncate.c`): a source that was forked read zeros where its kernel had been.
+//! memfd's mode is 0600 and it is never executable, so that a descriptor of it cannot be reopened by another user; it is in huge pages only
+//! while nobody is forked from it ([`civic_fork::huge`]).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -16,16 +14,15 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use civic_devices::virtio::GuestRam;
 use civic_devices::virtio::balloon::PageRelease;
 use civic_fork::disk::reopen_read_only;
+use civic_fork::huge;
 use civic_fork::lazy::Progress;
-use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MmapAdvise, madvise};
 use nix::sys::stat::{Mode, fchmod};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress, MmapRegion,
+    MemoryRegionAddress,
 };
 
 use crate::layout::Layout;
@@ -94,7 +91,12 @@ impl Memory {
                 .with_file_offset(file)
                 .build()
                 .map_err(|e| map(e.into()))?;
-            small_pages(&region).map_err(|e| map(e.into()))?;
+            let mapped_at = NonNull::new(region.as_ptr()).ok_or_else(|| map("it is mapped at 0".into()))?;
+            // A child's mapping must not have the kernel put its source's pages together.
+            let private = sharing == nix::libc::MAP_PRIVATE;
+            let advised =
+                if private { huge::forbid(mapped_at, region.size()) } else { huge::begin(mapped_at, region.size()) };
+            advised.map_err(|e| map(e.into()))?;
             let region = GuestRegionMmap::new(region, GuestAddress(start.0))
                 .ok_or_else(|| map(format!("region {:#x} wraps around", start.0).into()))?;
             mapped.push(region);
@@ -175,18 +177,6 @@ impl PageRelease for HolePuncher {
     }
 }
 
-/// Keeps huge pages out of a mapping, and with it out of its file: nothing else allocates there. In a child's mapping it keeps the kernel
-/// from putting its source's pages together.
-fn small_pages(region: &MmapRegion) -> Result<(), Errno> {
-    let Some(start) = NonNull::new(region.as_ptr().cast()) else { return Err(Errno::EFAULT) };
-    // SAFETY: the advice says how pages are allocated and changes nothing that is there; the range is a live mapping's.
-    match unsafe { madvise(start, region.size(), MmapAdvise::MADV_NOHUGEPAGE) } {
-        // A kernel without huge pages.
-        Err(Errno::EINVAL) => Ok(()),
-        done => done,
-    }
-}
-
 fn memfd(bytes: u64) -> io::Result<File> {
     let fd = memfd_create(c"civic-ram", MFdFlags::MFD_CLOEXEC)?;
     fchmod(fd.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -217,16 +207,18 @@ mod tests {
     }
 
     #[test]
-    fn no_huge_pages_whatever_the_host_says() {
+    fn a_child_has_no_huge_pages_and_a_source_may() {
         let memory = Memory::allocate(&Layout::new(16 << 20).unwrap()).unwrap();
         let child = Memory::of_parent(&Layout::new(16 << 20).unwrap(), Arc::new(memory.read_only().unwrap())).unwrap();
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        for ram in [&memory.ram, &child.ram] {
+        let forbidden = |ram: &GuestRam| {
             let start = format!("{:x}-", ram.iter().next().unwrap().as_ptr() as usize);
             let mut of = smaps.lines().skip_while(|line| !line.starts_with(&start));
             let flags = of.find(|line| line.starts_with("VmFlags:")).unwrap();
-            assert!(flags.split_whitespace().any(|flag| flag == "nh"), "{flags}");
-        }
+            flags.split_whitespace().any(|flag| flag == "nh")
+        };
+        assert!(forbidden(&child.ram));
+        assert_eq!(forbidden(&memory.ram), !huge::usable());
     }
 
     #[test]

@@ -15,8 +15,8 @@ use super::{CHILDREN, ChildId, Notice, Pager, PagerError};
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
 
-/// How long the source may take to say what it wants.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the source may take to say what it wants: it splits huge pages first.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Events taken at a time.
 const EVENTS: usize = 64;
 

@@ -7,6 +7,7 @@ mod endings;
 mod exits;
 mod fork_deaths;
 mod forking;
+mod huge;
 mod interrupts;
 mod memory;
 mod pausing;

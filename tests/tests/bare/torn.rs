@@ -7,8 +7,8 @@ use civic_tests::bare::vm::{Setup, Vm};
 use iced_x86::code_asm::*;
 
 /// Where the parts begin, and how long each is.
-const PARTS: u32 = 4 << 20;
-const PART: u32 = 2 << 20;
+pub const PARTS: u32 = 4 << 20;
+pub const PART: u32 = 2 << 20;
 pub const CPUS: u8 = 4;
 
 /// Prints a CPU's number whenever it has been through its part, and `bad=` when it found something else than it wrote.

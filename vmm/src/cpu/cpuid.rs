@@ -3,7 +3,7 @@
 //! One socket, `cpus` cores, one thread each; a vCPU's APIC id is its index. No performance counters (their values would
 //! not survive a fork) and no MONITOR. KVM's paravirtual leaves stay: guests keep time by `kvm-clock`. Of its features asynchronous page
 //! faults are left out: what a vCPU waits for then is KVM's alone, no state has it, and a fork is where pages are waited for. With them
-//! sources were corrupted or hung within some forks (Linux 6.12 on an emulated host). That may have been what huge pages did (`memory.rs`),
+//! sources were corrupted or hung within some forks (Linux 6.12 on an emulated host). That may have been what huge pages did (`civic_fork::huge`),
 //! which was found later: they have not been tried again since.
 //!
 //! Sources: Intel SDM 2A "CPUID", AMD APM 3 appendix E, Linux' Documentation/virt/kvm/x86/cpuid.rst.

@@ -74,8 +74,20 @@ fn cgroups() {
     assert_eq!(cgroup("0::/user.slice", "cpuset cpu io memory").status, Status::Ok);
     assert_eq!(cgroup("0::/", "").status, Status::Warn);
     assert_eq!(cgroup("5:memory:/x", "").status, Status::Warn);
-    assert_eq!(chosen("always [madvise] never"), Some("madvise"));
-    assert_eq!(chosen(""), None);
+}
+
+#[test]
+fn huge_pages_of_the_host() {
+    for (shmem, usable, status) in [
+        (Some("advise"), true, Status::Ok),
+        (Some("always"), true, Status::Ok),
+        (Some("never"), true, Status::Warn),
+        (Some("always"), false, Status::Warn),
+        (None, false, Status::Warn),
+    ] {
+        let check = huge_pages_where(shmem, usable);
+        assert_eq!((check.status, check.fix.is_some()), (status, status == Status::Warn), "{check:?}");
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ use civic_api::{ChildVm, ErrorBody, ErrorCode, Family as FamilyInfo, Parent};
 use civic_fork::branch::Branch;
 use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::hello::{Hello, Role, VERSION};
+use civic_fork::huge;
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::times::Times;
 use civic_fork::pager::{CHILDREN, ChildId, ChildReport, Counters, GenerationId, Notice};
@@ -34,6 +35,8 @@ use crate::memory::Keeper;
 
 /// How long a fork waits for a page server that is just being started.
 const PAGE_SERVER: Duration = Duration::from_secs(5);
+/// How long a huge page of guest memory may stay one, because somebody uses it all the time.
+const IN_USE: Duration = Duration::from_secs(5);
 /// Most monitors that wait at a time.
 const MAX_WAITING: usize = 256;
 
@@ -47,6 +50,28 @@ pub struct Origin {
     pub keeper: Keeper,
     /// Most bytes kept of it for children; as many as it has, if nothing is said.
     pub store_bytes: Option<u64>,
+}
+
+impl Origin {
+    /// Has the memory be in small pages, as long as somebody is forked from it.
+    fn split(&self) -> Result<(), ErrorBody> {
+        let Some(ram) = &self.ram else { return Ok(()) };
+        let start = Instant::now();
+        let count = huge::split(ram, IN_USE).map_err(|e| {
+            ErrorBody::from_error(ErrorCode::ForkFailed, &e).with_hint("try again: a disk's requests end some time")
+        })?;
+        if count > 0 {
+            info!(count, took = ?start.elapsed(), "huge pages of guest memory are split");
+        }
+        Ok(())
+    }
+
+    /// Nobody is.
+    fn allow_huge(&self) {
+        if let Some(Err(e)) = self.ram.as_ref().map(|ram| huge::allow(ram)) {
+            warn!("guest memory stays in small pages: {e}");
+        }
+    }
 }
 
 /// A monitor that waits to be forked.
@@ -390,22 +415,27 @@ impl Family {
                 inner.beginning = true;
                 let (number, needed) = (inner.servers, std::mem::take(&mut inner.needed));
                 drop(inner);
-                let server = self.begin(wire, &origin, number, needed).map_err(|e| {
-                    ErrorBody::from_error(ErrorCode::ForkFailed, &e)
-                        .with_hint("'civic doctor' says what this host lacks")
+                let server = origin.split().and_then(|()| {
+                    self.begin(wire, &origin, number, needed).map_err(|e| {
+                        ErrorBody::from_error(ErrorCode::ForkFailed, &e)
+                            .with_hint("'civic doctor' says what this host lacks")
+                    })
                 });
                 let mut inner = self.inner();
                 inner.beginning = false;
                 self.changed.notify_all();
-                let serving = Serving { number, server: server?, origin };
+                let server = server.inspect_err(|_| origin.allow_huge())?;
+                let serving = Serving { number, server, origin };
                 inner.server = Some(serving.clone());
                 return Ok(serving);
             }
+            // One that is about to serve waits for nobody without bound.
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() && !inner.beginning {
                 let error = ErrorBody::new(ErrorCode::ForkFailed, "the VM has no page server");
                 return Err(error.with_hint("'civic fork' starts one; by hand: 'civic-pager DIRECTORY'"));
             }
+            let left = left.max(Duration::from_millis(100));
             inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -637,6 +667,7 @@ impl Family {
                     let mut inner = self.inner();
                     inner.released.retain(|(server, _)| *server != number);
                     let present = inner.server.take_if(|serving| serving.number == number);
+                    present.iter().for_each(|serving| serving.origin.allow_huge());
                     let former = inner.former.extract_if(.., |serving| serving.number == number);
                     former.chain(present).collect()
                 };
@@ -665,7 +696,9 @@ impl Family {
             inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
             // A child that has reset shares no memory, but needs its disks.
             if inner.idle && inner.waiting.is_empty() && inner.frozen.is_empty() {
-                retired.extend(inner.server.take());
+                let server = inner.server.take();
+                server.iter().for_each(|serving| serving.origin.allow_huge());
+                retired.extend(server);
             }
             retired
         };
