@@ -12,6 +12,7 @@ pub mod mappings;
 mod pagemap;
 pub mod pager;
 pub mod ram;
+mod slice;
 pub mod source;
 pub mod support;
 #[cfg(test)]

@@ -710,8 +710,6 @@ impl Pager {
             Phase::Disarming { next } => self.disarm_on(next)?,
             _ => {
                 if self.wants_slots() {
-                    // Whoever was just let through may be waiting for this processor.
-                    std::thread::yield_now();
                     self.starved = !self.store.prepare();
                 } else if let Some((id, first, len)) = self.warming.pop_front() {
                     self.warm(id, first, len);

@@ -77,6 +77,7 @@ fn main() {
     }
     let often = || forked::often(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 60);
     trials.push(trial("forked::often".into(), often).with_ignored_flag(true));
+    trials.push(trial("forked::limits".into(), || forked::limits(tiny("256M", 2, &[]))));
     // The longer one is the promise's own.
     for (name, phases) in [("short", [(10, 21), (1, 20)]), ("minutes", [(10, 300), (1, 300)])] {
         let spec = Spec { userland: Userland::Debian, image: Image::BzImage, ..tiny("1G", 2, &[]) };

@@ -12,6 +12,7 @@ use super::journal::Journal;
 use super::protocol::{Request, Response};
 use super::store::Store;
 use super::{CHILDREN, ChildId, Notice, Pager, PagerError};
+use crate::slice;
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
 
@@ -51,6 +52,10 @@ impl From<Errno> for ServeError {
 /// # Errors
 /// When it cannot go on. The source has been told, if it could be; its watchdog does what is left.
 pub fn serve(wire: Wire) -> Result<(), ServeError> {
+    // Without, it is only slower.
+    if let Err(e) = slice::shorten() {
+        tracing::debug!("cannot choose how to be scheduled: {e}");
+    }
     let mut server = Server::begin(wire)?;
     let ended = server.run();
     if let Err(e) = &ended {

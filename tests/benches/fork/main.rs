@@ -114,7 +114,7 @@ fn one_gib(effort: &Effort, order: Order, table: &mut Table) -> f64 {
     let source = Load::boot(GIB, order);
     let (mut pauses, mut firsts, mut stalls, mut costs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut trips, mut dirtied, mut arms, mut births) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let (mut waits, mut opened) = (Vec::new(), Vec::new());
+    let (mut waits, mut beside, mut opened) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..effort.forks {
         if n % 10 == 0 {
             say(&format!("1 GiB, 2 vCPUs, {order:?}: fork {} of {}", n + 1, effort.forks));
@@ -127,8 +127,13 @@ fn one_gib(effort: &Effort, order: Order, table: &mut Table) -> f64 {
         let ahead = source.sample(Duration::from_millis(200));
         waits.extend(ahead.micros);
         let (report, mut children) = source.vm.fork(vec![waiting], false);
-        // Long enough for a figure, in some of the rounds.
-        let first = if n % 5 == 0 { source.sample(LIFE).micros } else { Vec::new() };
+        // Long enough for a figure, in some of the rounds: while the child works too, and then with what it has touched, but not in its way.
+        let mut first = Vec::new();
+        if n % 5 == 0 {
+            beside.extend(source.sample(LIFE).micros);
+            children[0].pause();
+            first = source.sample(LIFE).micros;
+        }
         children[0].kill();
         assert!(children[0].ended().success());
         pauses.push(ms(report.stages.pause_us));
@@ -156,6 +161,7 @@ fn one_gib(effort: &Effort, order: Order, table: &mut Table) -> f64 {
     add("fork.birth", "ms", births, Promise::None);
     add("write.waiting", "us", waits, Promise::None);
     add("write.stall", "us", stalls, Promise::AtMost(&[(0.99, 200.0)]));
+    add("write.beside_busy_child", "us", beside, Promise::None);
     add("uffd.round_trip", "us", trips, Promise::None);
     add("write.cost_to_round_trip", "ratio", costs, Promise::None);
     median

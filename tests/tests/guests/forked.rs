@@ -1,12 +1,13 @@
 //! Guests forked while they work: what goes on in the source must not notice, and goes on in the child too.
 
 use std::fs::File;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use civic_tests::linux::{Spec, Vm};
+use civic_tests::linux::{STEP, Spec, Vm};
 
+use super::limits::SmallFs;
 use super::{COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress, work, work_tiny};
 
 /// Forks a guest again and again while it writes its disk, watches its clock and holds a TCP connection. Its jobs run on in the child too,
@@ -134,6 +135,95 @@ pub fn often(mut spec: Spec, rounds: u32) -> Result<()> {
     ensure!(bad.is_empty(), "in the source went wrong:\n{bad}");
     vm.check_kernel_log()?;
     vm.stop()
+}
+
+/// A fork that cannot live any more, for want of room or of memory, ends and its source says why; the source itself does not notice.
+pub fn limits(mut spec: Spec) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let small = SmallFs::mount(dir.path().join("small"), "2m")?;
+    let store = format!("dir={}", small.0.display());
+    spec.more = vec!["--disk".into(), scratch(dir.path())?, "--forks".into(), store];
+    let mut vm = Vm::start(&spec)?;
+    work_tiny(&mut vm)?;
+
+    // The source overwrites more of its disk than can be kept of it.
+    let child = vm.fork("unkept")?.0;
+    vm.sh("for n in 0 1 2 3; do dd if=/tmp/data of=/dev/vda bs=64k seek=$((800 + n * 16)) count=16 conv=fsync; done 2>/dev/null")?;
+    ends(&mut vm, child, "what disk 'scratch' held at the fork is lost")?;
+
+    // The child touches more memory than its monitor may have.
+    let cgroup = Cgroup::new("16M")?;
+    let mut child = vm.fork("limited")?.0;
+    cgroup.take(child.info()?.pid)?;
+    child.begin("dd if=/dev/zero of=/tmp/big bs=1M count=64")?;
+    ends(&mut vm, child, "a child")?;
+    ensure!(cgroup.kills()? > 0, "its memory was not limited");
+
+    // Without the limits it would have lived.
+    let mut child = vm.fork("free")?.0;
+    child.sh("dd if=/dev/zero of=/tmp/big bs=1M count=64")?;
+    check_saved(&mut child, &spec)?;
+    child.kill()?;
+    let before = vm.sh(COUNTS)?;
+    progress(&mut vm, &before)?;
+    let bad = vm.sh("cat /tmp/clock.bad /tmp/disk.bad 2>/dev/null || true")?;
+    ensure!(bad.is_empty(), "in the source went wrong:\n{bad}");
+    vm.check_kernel_log()?;
+    vm.stop()
+}
+
+/// Waits until this child is no more, and checks what its source says of it and that it works on.
+fn ends(vm: &mut Vm, child: Vm, why: &str) -> Result<()> {
+    let deadline = Instant::now() + STEP;
+    while vm.info()?.family.children.iter().any(|known| known.name == child.name) {
+        ensure!(Instant::now() < deadline, "'{}' does not end", child.name);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let log = std::fs::read_to_string(vm.dir().join("vmm.log"))?;
+    let told = log.lines().rfind(|line| line.contains(why)).with_context(|| format!("it does not say why:\n{log}"))?;
+    eprintln!("{told}");
+    // Whatever it has left goes.
+    let _ = child.civic(&["kill"]);
+    let before = vm.sh(COUNTS)?;
+    progress(vm, &before)
+}
+
+/// A control group of the host's that limits memory; removed when dropped.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(memory: &str) -> Result<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        std::fs::write(root.join("cgroup.subtree_control"), "+memory")
+            .context("no cgroup v2 with a memory controller")?;
+        let this = Self(root.join(format!("civic-test-{}", std::process::id())));
+        std::fs::create_dir(&this.0)?;
+        std::fs::write(this.0.join("memory.max"), memory)?;
+        // Where there is no swap there is no such file.
+        let _ = std::fs::write(this.0.join("memory.swap.max"), "0");
+        Ok(this)
+    }
+
+    /// What the process has already stays another group's.
+    fn take(&self, pid: u32) -> Result<()> {
+        Ok(std::fs::write(self.0.join("cgroup.procs"), pid.to_string())?)
+    }
+
+    /// How many processes were killed for want of memory.
+    fn kills(&self) -> Result<u32> {
+        let events = std::fs::read_to_string(self.0.join("memory.events"))?;
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill ")).context("no count of kills")?;
+        Ok(kills.trim().parse()?)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + STEP;
+        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
 }
 
 /// An empty disk image in `dir`: the value for `--disk`.

@@ -193,11 +193,12 @@ impl Drop for Flood {
     }
 }
 
-/// A small file system in memory, gone when dropped.
-struct SmallFs(PathBuf);
+/// A small file system in memory, gone when dropped: where it is.
+pub struct SmallFs(pub PathBuf);
 
 impl SmallFs {
-    fn mount(at: PathBuf, size: &str) -> Result<Self> {
+    /// Of at most this size.
+    pub fn mount(at: PathBuf, size: &str) -> Result<Self> {
         fs::create_dir(&at)?;
         run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "small", text(&at)?])?;
         Ok(Self(at))

@@ -567,14 +567,15 @@ impl Family {
         }
     }
 
-    /// A child is no more, or never was.
-    pub fn remove(&self, child: ChildId) {
+    /// A child is no more, or never was. Returns its name, if it lived.
+    pub fn remove(&self, child: ChildId) -> Option<String> {
         let mut inner = self.inner();
-        inner.children.remove(&child);
+        let alive = inner.children.remove(&child);
         inner.waiting.retain(|_, waiting| waiting.id != child);
         for frozen in inner.frozen.values_mut() {
             frozen.children.retain(|other| *other != child);
         }
+        alive.map(|alive| alive.name)
     }
 
     /// The disks of a fork point are lost: whoever needs them must end. Called by a disk's thread, so another does it.
@@ -637,7 +638,11 @@ impl Family {
     /// Takes note of what the page server of this number says. `keeper` is its machine's.
     fn heed(self: &Arc<Self>, number: u32, keeper: &Keeper, event: Event) {
         match event {
-            Event::Notice(Notice::Gone(child)) => self.remove(child),
+            Event::Notice(Notice::Gone(child)) => {
+                if let Some(name) = self.remove(child) {
+                    info!(name, "a child has ended");
+                }
+            }
             Event::Notice(Notice::Lost(child, why)) => info!(child, "a child is lost: {why}"),
             Event::Notice(Notice::Released(point)) => {
                 self.release(number, point);
@@ -673,7 +678,7 @@ impl Family {
                 };
                 dismiss(ended);
                 for Frozen { children, .. } in self.thaw(number, |_| true) {
-                    children.into_iter().for_each(|child| self.remove(child));
+                    children.into_iter().for_each(|child| drop(self.remove(child)));
                 }
             }
         }
