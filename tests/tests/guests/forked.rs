@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use civic_tests::linux::{STEP, Spec, Vm};
+use civic_tests::linux::{STEP, Spec, Vm, run};
 
 use super::limits::SmallFs;
 use super::{COUNTS, Echo, KeptConnection, ROOT_IMAGE, SCRATCH_BYTES, check_saved, progress, work, work_tiny};
@@ -142,26 +142,29 @@ pub fn limits(mut spec: Spec) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let small = SmallFs::mount(dir.path().join("small"), "2m")?;
     let store = format!("dir={}", small.0.display());
-    spec.more = vec!["--disk".into(), scratch(dir.path())?, "--forks".into(), store];
+    spec.more = vec!["--disk".into(), scratch(dir.path())?, "--forks".into(), store.clone()];
     let mut vm = Vm::start(&spec)?;
     work_tiny(&mut vm)?;
 
-    // The source overwrites more of its disk than can be kept of it.
+    // The source overwrites more of its disk than can be kept of it. What has only zeroes needs no room.
+    const OVERWRITE: &str = "for n in 0 1 2 3; do dd if=/tmp/data of=/dev/vda bs=64k seek=$((800 + n * 16)) count=16 conv=fsync; done 2>/dev/null";
+    vm.sh(OVERWRITE)?;
     let child = vm.fork("unkept")?.0;
-    vm.sh("for n in 0 1 2 3; do dd if=/tmp/data of=/dev/vda bs=64k seek=$((800 + n * 16)) count=16 conv=fsync; done 2>/dev/null")?;
+    vm.sh(OVERWRITE)?;
     ends(&mut vm, child, "what disk 'scratch' held at the fork is lost")?;
 
     // The child touches more memory than its monitor may have.
     let cgroup = Cgroup::new("16M")?;
     let mut child = vm.fork("limited")?.0;
     cgroup.take(child.info()?.pid)?;
-    child.begin("dd if=/dev/zero of=/tmp/big bs=1M count=64")?;
+    child.begin("dd if=/dev/zero of=/tmp/big bs=1M count=32")?;
     ends(&mut vm, child, "a child")?;
     ensure!(cgroup.kills()? > 0, "its memory was not limited");
 
     // Without the limits it would have lived.
+    run("mount", &["-o", "remount,size=128m", &store["dir=".len()..]])?;
     let mut child = vm.fork("free")?.0;
-    child.sh("dd if=/dev/zero of=/tmp/big bs=1M count=64")?;
+    child.sh("dd if=/dev/zero of=/tmp/big bs=1M count=32")?;
     check_saved(&mut child, &spec)?;
     child.kill()?;
     let before = vm.sh(COUNTS)?;
