@@ -134,11 +134,11 @@ pub fn allow(ram: &Ram) -> Result<(), HugeError> {
 /// When one stays, or the kernel lacks what is needed.
 pub fn split(ram: &Ram, patience: Duration) -> Result<usize, HugeError> {
     ram.mappings().iter().try_for_each(|piece| no_new(piece.start, piece.len))?;
-    if !usable() {
-        // There was none from the start.
+    let map = PageMap::open().map_err(|source| HugeError::Call { call: "opening /proc/self/pagemap", source })?;
+    if !map.scans() {
+        // There was none from the start. What the host has chosen may be another thing now, and says nothing of what is there.
         return Ok(0);
     }
-    let map = PageMap::open().map_err(|source| HugeError::Call { call: "opening /proc/self/pagemap", source })?;
     let mut window = Window::new(ram.memfd())?;
     let mut done = 0;
     // One that the kernel had begun to put together may come after it was looked for: all of it again, if there were any.

@@ -9,7 +9,7 @@ use civic_tests::bare::vm::{Setup, Vm};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use super::torn::{CPUS, PART, PARTS, counting, rounds};
+use super::torn::{CPUS, PART, PARTS, counting, live_for_a_while, rounds};
 
 const HUGE: usize = 2 << 20;
 
@@ -63,13 +63,8 @@ fn they_are_split_before_a_fork_and_allowed_after_the_last() {
         let split = source.log().matches("huge pages of guest memory are split").count();
         assert_eq!(split, n + 1, "{}", source.log());
         assert!(!may_be_huge(&source));
-        for _ in 0..3 {
-            rounds(&mut children[0], 1);
-            rounds(&mut source, 1);
-        }
         println!("{n}: {:?}", report.stages);
-        children[0].kill();
-        assert!(children[0].ended().success());
+        live_for_a_while(&mut source, &mut children[0]);
         source.until("the page server to go", |vm| !vm.info().family.page_server);
     }
     rounds(&mut source, 2);

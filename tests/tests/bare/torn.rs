@@ -72,6 +72,16 @@ pub fn rounds(vm: &mut Vm, more: usize) {
     }
 }
 
+/// Both go on for some rounds, then the child ends.
+pub fn live_for_a_while(source: &mut Vm, child: &mut Vm) {
+    for _ in 0..3 {
+        rounds(child, 1);
+        rounds(source, 1);
+    }
+    child.kill();
+    assert!(child.ended().success());
+}
+
 #[test]
 fn source_and_children_find_what_they_wrote() {
     let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
@@ -79,13 +89,8 @@ fn source_and_children_find_what_they_wrote() {
     rounds(&mut source, 2);
     for n in 0..forks {
         let (report, mut children) = source.fork(vec![source.waiting(&format!("child{n}"))], false);
-        for _ in 0..3 {
-            rounds(&mut children[0], 1);
-            rounds(&mut source, 1);
-        }
         println!("{n}: {:?}", report.stages);
-        children[0].kill();
-        assert!(children[0].ended().success());
+        live_for_a_while(&mut source, &mut children[0]);
     }
     rounds(&mut source, 2);
 }
