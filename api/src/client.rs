@@ -18,7 +18,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::{BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, SaveReport, SaveRequest, VmInfo, routes};
+use crate::{
+    BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, NewDevice, PluggedDevice, SaveReport, SaveRequest,
+    VmInfo, routes,
+};
 
 /// How long a monitor may take to answer. Longer than the monitor's own limits, whose errors say more.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(45);
@@ -121,6 +124,25 @@ impl Client {
         self.post_patiently(routes::SAVE, request).await
     }
 
+    /// Plugs in a device, and waits for the guest as long as `wait`.
+    pub async fn plug(&self, device: &NewDevice, wait: Duration) -> Result<PluggedDevice, ClientError> {
+        let (route, body) = device.request().map_err(|error| ClientError::Protocol(error.to_string()))?;
+        self.post_patiently(&format!("{route}?wait_ms={}", wait.as_millis()), &body).await
+    }
+
+    /// Removes a device: returns when it is closed. The guest has as long as `wait` to agree; by `force` it is not asked.
+    pub async fn unplug(&self, id: &str, wait: Duration, force: bool) -> Result<(), ClientError> {
+        if !is_word(id) {
+            return Err(ClientError::Protocol(format!("'{id}' is no id of a device")));
+        }
+        let route = routes::DEVICE.replace("{id}", id);
+        let request = Request::delete(format!("{route}?wait_ms={}&force={force}", wait.as_millis()));
+        let response = self.send(request).await?;
+        let status = response.status();
+        let body = read(response).await?;
+        if status.is_success() { Ok(()) } else { Err(refusal(status, &body)) }
+    }
+
     /// Posts what takes as long as it takes.
     async fn post_patiently<T: DeserializeOwned>(
         &self,
@@ -169,7 +191,7 @@ impl Client {
 
     /// Attaches to a console port. The stream starts with what the port printed last.
     pub async fn console(&self, port: &str) -> Result<ConsoleStream, ClientError> {
-        if port.is_empty() || !port.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-')) {
+        if !is_word(port) {
             return Err(ClientError::Protocol(format!("'{port}' is no name of a console port")));
         }
         let request = Request::get(format!("{}?port={port}", routes::CONSOLE))
@@ -228,6 +250,11 @@ impl Client {
 
 fn broken(error: hyper::Error) -> ClientError {
     ClientError::Broken(error.into())
+}
+
+/// Whether it can be part of a URI as it is.
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 async fn in_time<T>(work: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {

@@ -12,7 +12,7 @@ mod error;
 mod forks;
 mod settings;
 
-pub use devices::{BalloonConfig, DiskConfig, DiskFormat, NetConfig, RateLimit, VsockConfig};
+pub use devices::{BalloonConfig, ConsoleConfig, DiskConfig, DiskFormat, NetConfig, RateLimit, VsockConfig};
 pub use error::{ConfigError, Field};
 pub use forks::ForksConfig;
 pub use settings::{BALLOON_ID, VSOCK_ID};
@@ -31,11 +31,11 @@ pub const MAX_MEMORY_BYTES: u64 = 64 << 30;
 pub const MEMORY_STEP_BYTES: u64 = 2 << 20;
 /// Longest kernel command line, in bytes: what x86 Linux takes (`COMMAND_LINE_SIZE`) counts a final NUL.
 pub const MAX_CMDLINE_BYTES: usize = 2047;
-/// Most disks and NICs together: with the host bridge and the devices of [`RESERVED_IDS`] that are on the bus they leave 11 of
-/// its 32 slots for hotplug.
-pub const MAX_DEVICES: usize = 16;
+/// Most disks, NICs and consoles together, those that come while the VM runs included: the bus has 32 slots, of which the host bridge and
+/// the devices of [`RESERVED_IDS`] that are on the bus take 5.
+pub const MAX_DEVICES: usize = 27;
 /// Ids of the devices whose id nobody chooses, as far as a VM has them.
-pub const RESERVED_IDS: [&str; 5] = [BALLOON_ID, "console", "rng", "serial", VSOCK_ID];
+pub const RESERVED_IDS: [&str; 6] = [BALLOON_ID, "console", CONSOLE_PORT_HVC, "rng", CONSOLE_PORT_SERIAL, VSOCK_ID];
 /// Most request queues of a disk: no VM has more vCPUs to use them.
 pub const MAX_DISK_QUEUES: u16 = MAX_CPUS as u16;
 /// Most queue pairs of a network card.
@@ -55,6 +55,8 @@ pub const BALLOON_STEP_BYTES: u64 = 4096;
 pub const MIN_FORK_STORE_BYTES: u64 = 1 << 20;
 /// The console port every VM has: the first UART, Linux's `ttyS0`.
 pub const CONSOLE_PORT_SERIAL: &str = "serial";
+/// The console port every VM has besides: the virtio console, Linux's `hvc0`.
+pub const CONSOLE_PORT_HVC: &str = "hvc0";
 
 /// A VM to be made. Paths are opened by the monitor: make them absolute unless it shares your working directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -86,6 +88,9 @@ pub struct VmConfig {
     /// Network cards, in PCI slot order after the disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+    /// Console ports besides `serial` and `hvc0`, in PCI slot order after all that every machine has: the guest's `/dev/hvc1` and so on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub consoles: Vec<ConsoleConfig>,
     /// Sockets between the guest and the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -140,9 +145,11 @@ impl VmConfig {
     }
 
     fn validate_devices(&self) -> Result<(), ConfigError> {
-        let count = self.disks.len() + self.nets.len();
+        let counts = [self.disks.len(), self.nets.len(), self.consoles.len()];
+        let count = counts.iter().sum();
         if count > MAX_DEVICES {
-            let field = if self.disks.len() > self.nets.len() { Field::Disk } else { Field::Net };
+            let fields = [Field::Disk, Field::Net, Field::Console].into_iter().zip(counts);
+            let field = fields.max_by_key(|(_, count)| *count).map_or(Field::Disk, |(field, _)| field);
             return Err(ConfigError::TooManyDevices { field, count });
         }
         let mut ids = HashSet::new();
@@ -158,12 +165,12 @@ impl VmConfig {
                 Ok(())
             }
         };
-        // One image twice, read-only both times, is harmless.
+        // One image twice is harmless if nobody writes it.
         let mut images: Vec<&DiskConfig> = Vec::new();
         for disk in &self.disks {
             check_id(Field::Disk, &disk.id)?;
             disk.check()?;
-            if images.iter().any(|other| other.path == disk.path && !(other.read_only && disk.read_only)) {
+            if images.iter().any(|other| other.path == disk.path && (other.writes_image() || disk.writes_image())) {
                 return Err(ConfigError::DuplicateImage { path: disk.path.clone() });
             }
             images.push(disk);
@@ -181,7 +188,7 @@ impl VmConfig {
                 return Err(ConfigError::DuplicateMac { mac });
             }
         }
-        Ok(())
+        self.consoles.iter().try_for_each(|console| check_id(Field::Console, &console.id))
     }
 
     /// The command line the kernel gets: the configured one, else `console=ttyS0`, with ` root=/dev/vda rw` (`ro` for a

@@ -38,6 +38,8 @@ pub enum ErrorCode {
     TapUnavailable,
     /// A unix socket cannot be made where it should: the path is taken, too long, or may not be written.
     SocketUnavailable,
+    /// The VM's bus has no free slot for another device.
+    NoSlot,
     /// `/dev/kvm` is missing, may not be opened or lacks a capability.
     KvmUnavailable,
     /// KVM is there but this host's KVM cannot run stock kernels.
@@ -63,7 +65,7 @@ impl ErrorCode {
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::Timeout => 408,
-            Self::NameInUse | Self::WrongState | Self::ImageLocked => 409,
+            Self::NameInUse | Self::WrongState | Self::ImageLocked | Self::NoSlot => 409,
             Self::TooLarge => 413,
             Self::KernelUnusable
             | Self::ImageUnusable

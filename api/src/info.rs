@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{BalloonInfo, Family, SaveProgress};
+use crate::{BalloonInfo, Family, GuestAnswer, SaveProgress};
 
 /// Where a VM is in its life.
 ///
@@ -145,6 +145,15 @@ pub struct DeviceInfo {
     pub settings: BTreeMap<String, String>,
     /// Counters since the monitor started; names end in their unit (`read_bytes`, `kicks`). They never go back.
     pub counters: BTreeMap<String, u64>,
+    /// Whether the guest has a driver for it, which uses it. Absent for a device that is not on the bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<bool>,
+    /// What the guest made of the device's coming, or is to do about its going.
+    #[serde(default, skip_serializing_if = "GuestAnswer::is_unasked")]
+    pub guest: GuestAnswer,
+    /// The guest is to give it up.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
 }
 
 /// A vCPU of a VM.

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ErrorBody, VmConfig};
+use crate::{ErrorBody, NewDevice, VmConfig};
 
 /// Held with `flock` as long as the monitor lives. A directory whose lock is free is nobody's.
 pub const LOCK_FILE: &str = "lock";
@@ -125,6 +125,32 @@ pub struct ForkConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub overlay_dir: Option<PathBuf>,
+    /// What its source's network cards are connected to in it.
+    #[serde(default, skip_serializing_if = "SourceNet::is_isolated")]
+    pub source_net: SourceNet,
+    /// What it has besides what its source has: plugged in before its guest runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<NewDevice>,
+}
+
+/// What the network cards that a fork has of its source are connected to. They have the source's addresses: nothing that they send is
+/// ever heard by anybody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceNet {
+    /// To wires that lead nowhere: nothing comes.
+    #[default]
+    Isolated,
+    /// To nothing: the guest sees that the cable is out.
+    Down,
+    /// To wires on which comes a copy of what the source receives. What the fork does not take in time is lost to it.
+    Mirror,
+}
+
+impl SourceNet {
+    fn is_isolated(&self) -> bool {
+        *self == Self::Isolated
+    }
 }
 
 /// A disk whose image is elsewhere now.

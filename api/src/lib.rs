@@ -13,6 +13,7 @@ mod balloon;
 #[cfg(feature = "client")]
 pub mod client;
 mod config;
+mod device;
 pub mod doctor;
 mod error;
 mod fork;
@@ -25,11 +26,12 @@ mod size;
 
 pub use balloon::BalloonInfo;
 pub use config::{
-    BALLOON_ID, BALLOON_STEP_BYTES, BalloonConfig, CONSOLE_PORT_SERIAL, ConfigError, DiskConfig, DiskFormat, Field,
-    ForksConfig, MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES, MAX_ID_BYTES, MAX_MEMORY_BYTES,
-    MAX_NAME_BYTES, MAX_NET_QUEUES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID, MIN_MEMORY_BYTES, MIN_MTU,
-    NetConfig, RESERVED_IDS, RateLimit, VSOCK_ID, VmConfig, VsockConfig, validate_name,
+    BALLOON_ID, BALLOON_STEP_BYTES, BalloonConfig, CONSOLE_PORT_HVC, CONSOLE_PORT_SERIAL, ConfigError, ConsoleConfig,
+    DiskConfig, DiskFormat, Field, ForksConfig, MAX_CID, MAX_CMDLINE_BYTES, MAX_CPUS, MAX_DEVICES, MAX_DISK_QUEUES,
+    MAX_ID_BYTES, MAX_MEMORY_BYTES, MAX_NAME_BYTES, MAX_NET_QUEUES, MAX_VSOCK_PATH_BYTES, MEMORY_STEP_BYTES, MIN_CID,
+    MIN_MEMORY_BYTES, MIN_MTU, NetConfig, RESERVED_IDS, RateLimit, VSOCK_ID, VmConfig, VsockConfig, validate_name,
 };
+pub use device::{DEVICE_WAIT_MS, GuestAnswer, MAX_DEVICE_WAIT_MS, NewDevice, PluggedDevice, STORE_ID};
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{
     ChildVm, FORK_SOCKET_FILE, FailedVm, Family, ForkReport, ForkRequest, ForkStages, ForkedVm, MAX_CHILDREN, Parent,

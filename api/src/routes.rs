@@ -18,6 +18,14 @@ pub const SAVE: &str = "/v1/save";
 pub const FORK: &str = "/v1/fork";
 /// `GET`: [`crate::BalloonInfo`]. `PUT` a [`crate::BalloonConfig`]: let the balloon take more or less from the guest.
 pub const BALLOON: &str = "/v1/balloon";
+/// `POST` a [`crate::DiskConfig`]: plug in a disk. Answers with a [`crate::PluggedDevice`].
+pub const DISKS: &str = "/v1/devices/disks";
+/// `POST` a [`crate::NetConfig`]: plug in a network card.
+pub const NETS: &str = "/v1/devices/nets";
+/// `POST` a [`crate::ConsoleConfig`]: plug in a console.
+pub const CONSOLES: &str = "/v1/devices/consoles";
+/// `GET`: [`crate::DeviceInfo`]. `DELETE`: remove a disk, network card or console.
+pub const DEVICE: &str = "/v1/devices/{id}";
 /// `GET`: Prometheus text.
 pub const METRICS: &str = "/v1/metrics";
 /// `GET`: the OpenAPI document.

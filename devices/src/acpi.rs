@@ -6,5 +6,6 @@
 pub mod aml;
 pub mod clock;
 pub mod generation;
+pub mod hotplug;
 pub mod power;
 pub mod tables;

@@ -17,6 +17,7 @@ use crate::virtio::net::{FrameLink, Offloads};
 #[derive(Debug)]
 pub struct IsolatedLink {
     here: OwnedFd,
+    carrier: bool,
     /// Keeps the pair a pair.
     _there: OwnedFd,
 }
@@ -29,23 +30,40 @@ impl IsolatedLink {
     pub fn new() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (here, there) = socketpair(AddressFamily::Unix, SockType::Datagram, None, flags)?;
-        // BPF_RET | BPF_K 0: of each packet, nothing (socket(7), SO_ATTACH_FILTER).
-        let mut nothing = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
-        let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
-        let size = size_of::<libc::sock_fprog>() as libc::socklen_t;
-        // SAFETY: `program` is a live sock_fprog of this size whose filter has one instruction; the kernel copies both.
-        let attached = unsafe {
-            libc::setsockopt(
-                there.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_FILTER,
-                (&raw const program).cast(),
-                size,
-            )
-        };
-        Errno::result(attached)?;
-        Ok(Self { here, _there: there })
+        take_nothing(there.as_fd())?;
+        Ok(Self { here, carrier: true, _there: there })
     }
+
+    /// One whose cable is out.
+    ///
+    /// # Errors
+    /// As [`IsolatedLink::new`].
+    pub fn down() -> io::Result<Self> {
+        Ok(Self { carrier: false, ..Self::new()? })
+    }
+}
+
+/// Has the kernel drop whatever is sent to `socket`. Who sends is told that it went.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn take_nothing(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // BPF_RET | BPF_K 0: of each packet, nothing (socket(7), SO_ATTACH_FILTER).
+    let mut nothing = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
+    let size = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    // SAFETY: `program` is a live sock_fprog of this size whose filter has one instruction; the kernel copies both.
+    let attached = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size,
+        )
+    };
+    Errno::result(attached)?;
+    Ok(())
 }
 
 impl FrameLink for IsolatedLink {
@@ -55,6 +73,10 @@ impl FrameLink for IsolatedLink {
 
     fn set_offloads(&self, _: Offloads) -> io::Result<()> {
         Ok(())
+    }
+
+    fn carrier(&self) -> bool {
+        self.carrier
     }
 
     fn segments_udp(&self) -> bool {

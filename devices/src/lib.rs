@@ -11,6 +11,7 @@ pub mod counters;
 mod entropy;
 pub mod irq;
 pub mod isolated;
+pub mod mirror;
 pub mod pci;
 pub mod serial;
 pub mod tap;

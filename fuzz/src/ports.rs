@@ -1,14 +1,17 @@
 //! What a guest does to I/O ports: the serial port, against a model of its FIFO and of a driver that is due its interrupts; and the
-//! ACPI fixed hardware, whose interrupt line must follow its registers.
+//! ACPI fixed hardware, whose interrupt line must follow its registers; and the registers of hotplug, by which a guest must be able to give
+//! up what it was offered and nothing else.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arbitrary::{Arbitrary, Result, Unstructured};
+use civic_devices::acpi::hotplug::{Hotplug, HotplugStateV1};
 use civic_devices::acpi::power::{PORTS, PowerEvents, PowerManagement, PowerStateV1};
 use civic_devices::bus::BusDevice;
 use civic_devices::console_hub::ConsoleInput;
+use civic_devices::pci::Slot;
 use civic_devices::serial::{SerialPort, SerialStateV1};
 
 use crate::host::{Wire, hub};
@@ -30,6 +33,7 @@ pub fn run(program: &[u8]) {
     let mut input = Unstructured::new(program);
     let _ = match program.first() {
         Some(0..0x80) => serial(&mut input),
+        Some(0x80..0xc0) => plugging(&mut input),
         _ => power(&mut input),
     };
 }
@@ -263,6 +267,56 @@ fn power(input: &mut Unstructured<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Hotplug's registers; `given_up` is called for what the guest gives up.
+pub fn hotplug(given_up: impl Fn(Slot) + Send + Sync + 'static) -> Hotplug {
+    let power = PowerManagement::new(Arc::new(Wire::default()), Arc::new(PowerOffs::default()));
+    Hotplug::new(Arc::new(power), given_up)
+}
+
+fn plugging(input: &mut Unstructured<'_>) -> Result<()> {
+    input.arbitrary::<u8>()?;
+    let slots = input.arbitrary::<u32>()?;
+    let given_up = Arc::new(AtomicU64::new(0));
+    let seen = Arc::clone(&given_up);
+    let hotplug = hotplug(move |slot| {
+        seen.fetch_or(1 << slot.0, Ordering::Relaxed);
+    });
+    hotplug.serve(slots);
+    while !input.is_empty() {
+        let slot = Slot(input.arbitrary()?);
+        match input.arbitrary::<u8>()? % 5 {
+            0 => hotplug.inserted(slot),
+            1 => hotplug.request(slot),
+            2 => {
+                let len = usize::from(input.arbitrary::<u8>()? % 9);
+                hotplug.write(slot.0.into(), &input.arbitrary::<u64>()?.to_le_bytes()[..len]);
+            }
+            3 => {
+                let mut data = [0; 8];
+                let len = usize::from(input.arbitrary::<u8>()? % 9);
+                hotplug.read(slot.0.into(), &mut data[..len]);
+            }
+            _ => {
+                let state = HotplugStateV1 {
+                    slots,
+                    inserted: input.arbitrary()?,
+                    wanted: input.arbitrary()?,
+                    leaving: input.arbitrary()?,
+                    heard: input.arbitrary()?,
+                };
+                hotplug.restore(&state);
+            }
+        }
+        let state = hotplug.save();
+        assert_eq!(state.slots, slots & !1);
+        assert_eq!((state.inserted | state.wanted | state.leaving) & !state.slots, 0, "{state:?}");
+        assert_eq!(given_up.load(Ordering::Relaxed) & !u64::from(state.slots), 0, "what stays was given up");
+        assert_eq!(hotplug.is_leaving(slot), slot.0 < 32 && state.leaving >> slot.0 & 1 == 1);
+        let _ = (hotplug.answer(slot), hotplug.has(slot));
+    }
+    Ok(())
+}
+
 /// Without the timer, which goes on.
 fn registers(state: &PowerStateV1) -> PowerStateV1 {
     PowerStateV1 { timer_ticks: 0, ..state.clone() }
@@ -283,5 +337,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let enable = [2, 0, 3, 0x21, 1, 0, 0, 0, 0, 0, 0];
     let events = [0, 4, 0, 5, 3, 0, 0, 3, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 6];
     let off = [4, 0, 1, 0, 0x34, 0, 0, 0, 0, 0, 0];
-    vec![serial, wild, [&[0x80][..], &enable, &[0x24, 0, 3, 8, 0, 0, 0, 0, 0, 0, 0], &events, &off].concat()]
+    let give =
+        [&[0x80, 0xfe, 0xff, 0xff, 0xff, 5, 0, 5, 1][..], &[0, 2, 4, 0x20, 0, 0, 0, 0, 0, 0, 0], &[8, 2, 4, 0x20]]
+            .concat();
+    vec![serial, wild, give, [&[0xc0][..], &enable, &[0x24, 0, 3, 8, 0, 0, 0, 0, 0, 0, 0], &events, &off].concat()]
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use civic_devices::acpi::hotplug::HotplugStateV1;
 use civic_devices::acpi::power::PowerStateV1;
 use civic_devices::bus::Bus;
 use civic_devices::pci::root::{PciRoot, PciRootStateV1};
@@ -12,12 +13,13 @@ use civic_devices::serial::{SerialPort, SerialStateV1};
 use civic_vmm::cpu::cpuid::{CpuidStateV1, CpuidTemplate};
 use civic_vmm::cpu::state::VcpuStateV1;
 use civic_vmm::kvm::state::KvmStateV1;
-use civic_vmm::machine::state::FunctionStateV1;
+use civic_vmm::machine::state::FunctionStateV2;
 use civic_vmm::saved::{DiskStamp, STATE, SavedVm, VmStateV1};
 use civic_vmm::state::{Section, Sections};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use crate::host::{Wire, hub, scratch};
+use crate::ports::hotplug;
 use crate::virtio;
 
 /// What stands before the sections: magic, format, reserved, their length and checksum.
@@ -78,9 +80,14 @@ fn machine(bytes: &[u8]) {
     }
     // Of these all values are good, or KVM's to refuse.
     take::<PowerStateV1>(&mut sections, "power");
+    if let Some(saved) = take::<HotplugStateV1>(&mut sections, "hotplug") {
+        let hotplug = hotplug(|_| ());
+        hotplug.restore(&saved);
+        assert_eq!(hotplug.save().slots & 1, 0, "the host bridge stays");
+    }
     take::<KvmStateV1>(&mut sections, "kvm");
     take::<VcpuStateV1>(&mut sections, "vcpu0");
-    take::<FunctionStateV1>(&mut sections, "device/rng");
+    take::<FunctionStateV2>(&mut sections, "device/rng");
     take::<VmStateV1>(&mut sections, "vm");
     let _ = sections.finish().map_err(|error| error.to_string());
 }
@@ -109,6 +116,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let port = SerialPort::new(hub(), Arc::new(Wire::default()));
     sections.put("serial", &SerialStateV1 { received: vec![1, 2, 3], ..port.save() });
     sections.put("pci", &PciRoot::new(Arc::new(Bus::new())).save());
+    let registers = hotplug(|_| ());
+    registers.serve(!1);
+    registers.request(civic_devices::pci::Slot(5));
+    sections.put("hotplug", &registers.save());
     let vm = VmStateV1 {
         config: r#"{"name":"a","kernel":"/k","memory_bytes":16777216,"cpus":1}"#.into(),
         boots: 1,

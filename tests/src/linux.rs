@@ -278,6 +278,12 @@ impl Vm {
         checked(civic(self.run_dir.path())?.arg(verb).arg(&self.name).args(rest).output()?, &what)
     }
 
+    /// A subcommand of `civic device` on this VM.
+    pub fn device(&self, verb: &str, rest: &[&str]) -> Result<String> {
+        let what = format!("civic device {verb} {}", rest.join(" "));
+        checked(civic(self.run_dir.path())?.args(["device", verb, &self.name]).args(rest).output()?, &what)
+    }
+
     /// What the VM tells of itself.
     pub fn info(&self) -> Result<VmInfo> {
         Ok(serde_json::from_str(&self.civic(&["info", "--json"])?)?)
@@ -378,7 +384,12 @@ impl Vm {
 
     /// Forks the guest: the child, whose shell is where this one's is, and what `civic fork` told.
     pub fn fork(&self, name: &str) -> Result<(Self, ForkReport)> {
-        let report = self.civic(&["fork", "--name", name, "--json"])?;
+        self.fork_with(name, &[])
+    }
+
+    /// The same with further options.
+    pub fn fork_with(&self, name: &str, more: &[&str]) -> Result<(Self, ForkReport)> {
+        let report = self.civic(&[&["fork", "--name", name, "--json"], more].concat())?;
         let console = Console::attach(&self.run_dir.path().join(name).join("api.sock"), "serial")?;
         let mut child = Self {
             name: name.into(),

@@ -10,6 +10,10 @@ mod forked;
 mod limits;
 #[path = "guests/loaded.rs"]
 mod loaded;
+#[path = "guests/mirrored.rs"]
+mod mirrored;
+#[path = "guests/plugged.rs"]
+mod plugged;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -77,12 +81,27 @@ fn main() {
     }
     let often = || forked::often(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 60);
     trials.push(trial("forked::often".into(), often).with_ignored_flag(true));
+    let net = || mirrored::tiny(&Spec { image: Image::BzImage, ..tiny("256M", 2, &[]) });
+    trials.push(trial("forked::source_net".into(), net));
     trials.push(trial("forked::limits".into(), || forked::limits(tiny("256M", 2, &[]))));
     // The longer one is the promise's own.
     for (name, phases) in [("short", [(10, 21), (1, 20)]), ("minutes", [(10, 300), (1, 300)])] {
         let spec = Spec { userland: Userland::Debian, image: Image::BzImage, ..tiny("1G", 2, &[]) };
         let name = format!("forked::under_load::{name}");
         trials.push(trial(name, move || loaded::debian(&spec, &phases)).with_ignored_flag(true));
+    }
+    for kernel in KERNELS {
+        for cpus in [1, 4] {
+            let spec =
+                |userland, memory| Spec { kernel, image: Image::BzImage, userland, cpus, memory, more: Vec::new() };
+            let name = |kind: &str| format!("plugged::{kind}::{kernel}::{cpus}cpu");
+            let (tiny, debian, often) =
+                (spec(Userland::Tiny, "256M"), spec(Userland::Debian, "1G"), spec(Userland::Tiny, "256M"));
+            let tried = (kernel == "6.1-cloud" && cpus == 1) || (kernel == "6.12-cloud" && cpus == 4);
+            trials.push(trial(name("tiny"), move || plugged::tiny(tiny.clone(), 3)).with_ignored_flag(!tried));
+            trials.push(trial(name("debian"), move || plugged::debian(&debian, 3)).with_ignored_flag(true));
+            trials.push(trial(name("often"), move || plugged::tiny(often.clone(), 200)).with_ignored_flag(true));
+        }
     }
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times::tiny".into(), hundred).with_ignored_flag(true));

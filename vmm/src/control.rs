@@ -14,7 +14,9 @@
 
 use std::sync::Arc;
 
-use civic_api::{ErrorBody, ErrorCode, ForkReport, ForkRequest, SaveReport, SaveRequest, VmInfo};
+use civic_api::{
+    DeviceInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, NewDevice, SaveReport, SaveRequest, VmInfo,
+};
 use civic_devices::console_hub::ConsoleHub;
 use tokio::sync::oneshot;
 
@@ -39,6 +41,15 @@ pub enum Command {
     Save(SaveRequest),
     /// Running, stopping or paused → the same; answered when the children run.
     Fork(ForkRequest),
+    /// A device is to be plugged in; answered when it is. What the guest makes of it, the view tells.
+    Plug(NewDevice),
+    /// A device is to be removed; answered when it is closed, however long the guest takes.
+    Unplug {
+        /// Which.
+        id: String,
+        /// Whether the guest needs not agree.
+        force: bool,
+    },
 }
 
 /// The answer to a command that was obeyed.
@@ -73,6 +84,10 @@ pub struct Request {
 pub trait View: Send + Sync + 'static {
     /// The VM as it is now. Must not block.
     fn info(&self) -> VmInfo;
+    /// One of its devices. Must not block.
+    fn device(&self, id: &str) -> Option<DeviceInfo> {
+        self.info().devices.into_iter().find(|device| device.id == id)
+    }
     /// Asks the guest for new statistics of its memory, if there is a balloon to tell them. Must not block.
     fn ask_balloon(&self);
     /// What the page server tells of its forks, if there is one. Waits for that: not for the API's own thread.

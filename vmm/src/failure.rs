@@ -20,6 +20,9 @@ use crate::state::StateError;
 
 impl From<ResourceError> for ErrorBody {
     fn from(error: ResourceError) -> Self {
+        if let ResourceError::Overlay(body) = error {
+            return *body;
+        }
         let (code, hint) = match &error {
             ResourceError::Kernel { .. } => (
                 ErrorCode::KernelUnusable,
@@ -32,7 +35,9 @@ impl From<ResourceError> for ErrorBody {
                 (ErrorCode::SocketUnavailable, Some("give each VM a path of its own"))
             }
             ResourceError::Vsock(_) => (ErrorCode::SocketUnavailable, None),
-            ResourceError::Console(_) | ResourceError::Isolated(_) => (ErrorCode::Internal, None),
+            ResourceError::Console(_) | ResourceError::Isolated(_) | ResourceError::Overlay(_) => {
+                (ErrorCode::Internal, None)
+            }
         };
         told(code, &error, hint)
     }
@@ -131,6 +136,12 @@ impl From<BuildError> for ErrorBody {
             }
             BuildError::Kvm(KvmError::Open(e)) => (ErrorCode::KvmUnavailable, Some(kvm_open(e))),
             BuildError::Kvm(_) => (ErrorCode::KvmUnavailable, Some("'civic doctor' shows what this host's KVM can do")),
+            BuildError::Slot(_) => (
+                ErrorCode::NoSlot,
+                Some(
+                    "remove a device first; the slot of one that was removed by force is free when the guest has noticed, or reset",
+                ),
+            ),
             _ => (ErrorCode::Internal, None),
         };
         told(code, &error, hint)

@@ -63,6 +63,8 @@ pub enum ToChild {
 pub struct Go {
     /// Of which fork it is.
     pub generation: GenerationId,
+    /// The source's configuration, as [`ToChild::Welcome`] has it: devices may have come and gone since.
+    pub config: String,
     /// Whether it stays paused.
     pub paused: bool,
     /// How often the guest has started.
@@ -74,10 +76,12 @@ pub struct Go {
 /// From the child.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToSource {
-    /// It waits: with its userfaultfd, and the page server's end of its lifeline.
+    /// It waits: with its userfaultfd, the page server's end of its lifeline, and the far ends of its network cards that are to be fed.
     Ready {
         /// Where it has its RAM.
         mappings: Mappings,
+        /// For each card its id, and how many of the descriptors are its.
+        mirrors: Vec<(String, u8)>,
     },
     /// It runs, or could.
     Started {

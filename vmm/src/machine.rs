@@ -14,27 +14,30 @@
 //! device touches its memory.
 
 mod meters;
+mod plugging;
 pub mod state;
 
 use std::io;
 use std::sync::Arc;
 
 use civic_api::{BALLOON_STEP_BYTES, DiskConfig, MacAddr, NetConfig, VmConfig};
+use civic_devices::acpi::hotplug::{self, Hotplug};
 use civic_devices::acpi::power::{self, I8042Reset, PowerEvents, PowerManagement, ResetEvents};
 use civic_devices::acpi::tables::{self, AcpiConfig};
 use civic_devices::bus::{Bus, BusDevice, BusError};
+use civic_devices::console_hub::ConsoleHub;
 use civic_devices::pci::Slot;
 use civic_devices::pci::root::{ConfigPorts, ECAM_LEN, Ecam, PORTS, PORTS_LEN, PciRoot, SlotError};
 use civic_devices::serial::{SERIAL_PORTS, SerialPort};
-use civic_devices::virtio::VirtioDevice;
 use civic_devices::virtio::balloon::{Balloon, BalloonControl};
-use civic_devices::virtio::block::{Block, BlockOptions};
+use civic_devices::virtio::block::{Block, BlockOptions, Disk};
 use civic_devices::virtio::console::Console;
-use civic_devices::virtio::net::{Mac, Net, NetError, NetOptions};
+use civic_devices::virtio::net::{FrameLink, Mac, Mirror, Net, NetError, NetOptions};
 use civic_devices::virtio::pci::{BAR_LEN, VirtioPci};
 use civic_devices::virtio::rate::RateLimit;
 use civic_devices::virtio::rng::Rng;
 use civic_devices::virtio::vsock::Vsock;
+use civic_devices::virtio::{GuestRam, VirtioDevice};
 use civic_fork::lazy::LazyMemory;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -55,6 +58,7 @@ use crate::resources::Resources;
 use crate::vcpu::{Buses, Gate, VcpuEvent, Vcpus};
 
 pub use self::meters::Meters;
+pub use self::plugging::{Mirrored, Places, Presence};
 
 /// The guest's vsock address where the user gives none: the lowest there is.
 const DEFAULT_CID: u32 = 3;
@@ -68,6 +72,8 @@ pub enum GuestEvent {
     PowerOff,
     /// It reset itself, or triple-faulted.
     Reset,
+    /// It gave up a device: see [`Machine::given_up`].
+    GaveUp,
     /// A vCPU cannot go on.
     Failed(String),
 }
@@ -140,6 +146,8 @@ impl<R: Fn(GuestEvent) + Send + Sync> ResetEvents for Wires<R> {
 struct Plugged {
     slot: Slot,
     function: Arc<VirtioPci>,
+    /// A network card's.
+    mirror: Option<Arc<Mirror>>,
 }
 
 /// A machine with its vCPUs parked or running.
@@ -153,14 +161,36 @@ pub struct Machine {
     plugged: Vec<Plugged>,
     serial: Arc<SerialPort>,
     power: Arc<PowerManagement>,
+    hotplug: Arc<Hotplug>,
     identity: Identity,
     balloon: Option<BalloonControl>,
     /// Kept here alone: the ways into it do not keep it.
     root: Arc<PciRoot>,
+    sockets: Sockets,
     cpuid: CpuidTemplate,
     shape: VcpuShape,
     vm: Arc<VmFd>,
     memory: Memory,
+}
+
+/// What a PCI function is wired to.
+#[derive(Clone)]
+struct Sockets {
+    layout: Layout,
+    ram: GuestRam,
+    vm: Arc<VmFd>,
+    interrupts: Arc<Interrupts>,
+}
+
+impl Sockets {
+    /// A function for a virtio device, to be plugged into `slot`.
+    fn function(&self, id: &str, device: Box<dyn VirtioDevice>, slot: Slot) -> Result<Arc<VirtioPci>, BuildError> {
+        let base = self.layout.mmio32().start.0 + BAR_LEN * u64::from(slot.0);
+        let messages = Messages(Arc::clone(&self.interrupts));
+        let doorbells = Arc::new(IoEvents(Arc::clone(&self.vm)));
+        let function = VirtioPci::new(id, device, base, Arc::clone(&self.ram), &messages, doorbells);
+        Ok(Arc::new(function.map_err(io_error("a PCI function"))?))
+    }
 }
 
 /// What becomes a machine: all of it but the vCPUs, at power-on.
@@ -175,6 +205,7 @@ pub struct Board {
     buses: Buses,
     root: Arc<PciRoot>,
     power: Arc<PowerManagement>,
+    hotplug: Arc<Hotplug>,
     serial: Arc<SerialPort>,
 }
 
@@ -215,12 +246,20 @@ impl Board {
         buses.pio.insert(u64::from(PORTS), PORTS_LEN, Arc::new(ports))?;
         let keyboard = Arc::new(I8042Reset::new(wires.clone()));
         buses.pio.insert(u64::from(power::I8042_PORT), u64::from(power::I8042_PORTS), keyboard)?;
-        let power = Arc::new(PowerManagement::new(interrupts.line(power::SCI_GSI), wires));
+        let power = Arc::new(PowerManagement::new(interrupts.line(power::SCI_GSI), Arc::clone(&wires) as _));
         buses.pio.insert(u64::from(power::PORT), u64::from(power::PORTS), Arc::clone(&power) as _)?;
+        let slots = Arc::downgrade(&root);
+        let hotplug = Arc::new(Hotplug::new(Arc::clone(&power), move |slot| {
+            // What it was doing goes on until the supervisor stops it.
+            if slots.upgrade().and_then(|slots| slots.unplug(slot)).is_some() {
+                (wires.report)(GuestEvent::GaveUp);
+            }
+        }));
+        buses.pio.insert(u64::from(hotplug::PORT), u64::from(hotplug::PORTS), Arc::clone(&hotplug) as _)?;
         let serial = Arc::new(SerialPort::new(Arc::clone(&resources.serial), interrupts.line(layout::COM1_IRQ)));
         resources.serial.connect_input(Arc::clone(&serial) as _);
         buses.pio.insert(u64::from(layout::COM1_PORT), SERIAL_PORTS, Arc::clone(&serial) as Arc<dyn BusDevice>)?;
-        Ok(Self { layout, memory, kvm, vm, interrupts, cpuid, gate, buses, root, power, serial })
+        Ok(Self { layout, memory, kvm, vm, interrupts, cpuid, gate, buses, root, power, hotplug, serial })
     }
 
     /// The devices that are functions of the PCI bus, in slot order, and what sets the balloon's size.
@@ -228,19 +267,19 @@ impl Board {
         &self,
         config: &VmConfig,
         resources: &Resources,
-    ) -> Result<(Vec<Named>, Option<BalloonControl>), BuildError> {
+    ) -> Result<(Vec<Made>, Option<BalloonControl>), BuildError> {
         let balloon = balloon(config, &self.memory)?;
         let control = balloon.as_ref().map(Balloon::control);
         Ok((virtio_devices(config, resources, balloon)?, control))
     }
 
-    /// A function for a virtio device, to be plugged into `slot`.
-    fn function(&self, id: &str, device: Box<dyn VirtioDevice>, slot: Slot) -> Result<Arc<VirtioPci>, BuildError> {
-        let base = self.layout.mmio32().start.0 + BAR_LEN * u64::from(slot.0);
-        let messages = Messages(Arc::clone(&self.interrupts));
-        let doorbells = Arc::new(IoEvents(Arc::clone(&self.vm)));
-        let function = VirtioPci::new(id, device, base, Arc::clone(&self.memory.ram), &messages, doorbells);
-        Ok(Arc::new(function.map_err(io_error("a PCI function"))?))
+    fn sockets(&self) -> Sockets {
+        Sockets {
+            layout: self.layout,
+            ram: Arc::clone(&self.memory.ram),
+            vm: Arc::clone(&self.vm),
+            interrupts: Arc::clone(&self.interrupts),
+        }
     }
 
     fn shape(&self) -> Result<VcpuShape, BuildError> {
@@ -270,8 +309,8 @@ impl Board {
         identity: Identity,
         lazy: Option<LazyMemory>,
     ) -> Result<Machine, BuildError> {
-        let shape = self.shape()?;
-        let Self { memory, vm, cpuid, root, power, serial, .. } = self;
+        let (shape, sockets) = (self.shape()?, self.sockets());
+        let Self { memory, vm, cpuid, root, power, hotplug, serial, .. } = self;
         Ok(Machine {
             vcpus,
             lazy: lazy.map(Arc::new),
@@ -279,9 +318,11 @@ impl Board {
             plugged,
             serial,
             power,
+            hotplug,
             identity,
             balloon,
             root,
+            sockets,
             cpuid,
             shape,
             vm,
@@ -291,23 +332,30 @@ impl Board {
 }
 
 impl Machine {
-    /// Builds a machine at its power-on state; `report` is called, from any thread, with what the guest does that ends it.
+    /// Builds a machine at its power-on state; `report` is called, from any thread, with what the guest does that its owner must know of.
+    /// Devices in `places` are where they were before.
     pub fn build(
         config: &VmConfig,
         resources: &mut Resources,
+        places: &Places,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Self, BuildError> {
         let board = Board::new(config, resources, report.clone())?;
         let mut plugged = Vec::new();
         let (devices, balloon) = board.devices(config, resources)?;
-        for (id, device) in devices {
-            let slot = board.root.free_slot()?;
-            let function = board.function(&id, device, slot)?;
+        let sockets = board.sockets();
+        for Made { id, device, mirror } in devices {
+            let slot = match places.get(&id) {
+                Some(slot) => *slot,
+                None => board.root.free_slot(|slot| places.values().any(|taken| *taken == slot))?,
+            };
+            let function = sockets.function(&id, device, slot)?;
             board.root.plug(slot, Arc::clone(&function) as _)?;
-            plugged.push(Plugged { slot, function });
+            plugged.push(Plugged { slot, function, mirror });
         }
+        board.hotplug.serve(plugging::slots(config, &plugged));
         let identity = Identity::fresh(&board.memory.ram, &board.power).map_err(io_error("the machine's identity"))?;
-        let entry = load(config, resources, &board.layout, &board.memory, &board.cpuid)?;
+        let entry = load(config, resources, &board)?;
         let boot = BootRegisters::new(&entry);
         boot.write_tables(&board.memory.ram)?;
         let msrs = board.kvm.get_msr_index_list().map_err(KvmError::refused("list its MSRs"))?;
@@ -339,6 +387,12 @@ impl Machine {
         }
     }
 
+    /// Takes all vCPUs out of the guest until what is returned is dropped, and lets devices run. They must be in it.
+    pub fn hold_vcpus(&self) -> impl Drop {
+        self.vcpus.pause();
+        Held(&self.vcpus)
+    }
+
     /// Presses the power button.
     pub fn press_power_button(&self) {
         self.power.press_power_button();
@@ -363,6 +417,14 @@ impl Machine {
     }
 }
 
+struct Held<'a>(&'a Vcpus);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.run();
+    }
+}
+
 impl Drop for Machine {
     fn drop(&mut self) {
         // Device threads go while vCPUs are parked; the vCPU threads end when their field is dropped. A thread that waits for memory
@@ -374,39 +436,60 @@ impl Drop for Machine {
     }
 }
 
-/// A device and its id.
-type Named = (String, Box<dyn VirtioDevice>);
+/// A device that is not plugged in yet.
+struct Made {
+    id: String,
+    device: Box<dyn VirtioDevice>,
+    /// A network card's.
+    mirror: Option<Arc<Mirror>>,
+}
+
+impl Made {
+    fn new(id: &str, device: impl VirtioDevice + 'static) -> Self {
+        Self { id: id.to_owned(), device: Box::new(device), mirror: None }
+    }
+}
 
 /// Disks, network cards, then what every machine has; in slot order.
-fn virtio_devices(
-    config: &VmConfig,
-    resources: &Resources,
-    balloon: Option<Balloon>,
-) -> Result<Vec<Named>, BuildError> {
-    let mut devices: Vec<Named> = Vec::new();
+fn virtio_devices(config: &VmConfig, resources: &Resources, balloon: Option<Balloon>) -> Result<Vec<Made>, BuildError> {
+    let mut devices: Vec<Made> = Vec::new();
     for (disk, opened) in config.disks.iter().zip(&resources.disks) {
-        let options = block_options(config, disk);
-        let block = Block::new(&disk.id, Arc::clone(opened), options).map_err(io_error("a disk"))?;
-        devices.push((disk.id.clone(), Box::new(block)));
+        devices.push(disk_device(config, disk, &opened.disk)?);
     }
     for (net, tap) in config.nets.iter().zip(&resources.taps) {
-        let mac = Mac(effective_mac(config, net).0);
-        let links = tap.clone();
-        let (rx_rate, tx_rate) = (net.rx_rate.as_ref().map(rate), net.tx_rate.as_ref().map(rate));
-        let card = Net::new(&net.id, links, NetOptions { mac, mtu: net.mtu, rx_rate, tx_rate });
-        let card = card.map_err(|source| BuildError::Net { id: net.id.clone(), source })?;
-        devices.push((net.id.clone(), Box::new(card)));
+        devices.push(net_device(config, net, tap.clone())?);
     }
-    let console = Console::new(Arc::clone(&resources.hvc)).map_err(io_error("the console"))?;
-    resources.hvc.connect_input(console.input());
-    devices.push(("rng".into(), Box::new(Rng::new())));
-    devices.push(("console".into(), Box::new(console)));
+    devices.push(Made::new("rng", Rng::new()));
+    devices.push(console_device("console", &resources.hvc)?);
     if let (Some(vsock), Some(listener)) = (&config.vsock, &resources.vsock) {
         let device = Vsock::new(u64::from(vsock.cid.unwrap_or(DEFAULT_CID)), Arc::clone(listener));
-        devices.push(("vsock".into(), Box::new(device.map_err(io_error("the vsock"))?)));
+        devices.push(Made::new("vsock", device.map_err(io_error("the vsock"))?));
     }
-    devices.extend(balloon.map(|balloon| ("balloon".into(), Box::new(balloon) as Box<dyn VirtioDevice>)));
+    devices.extend(balloon.map(|balloon| Made::new("balloon", balloon)));
+    for (console, hub) in config.consoles.iter().zip(&resources.consoles) {
+        devices.push(console_device(&console.id, hub)?);
+    }
     Ok(devices)
+}
+
+fn disk_device(config: &VmConfig, disk: &DiskConfig, opened: &Arc<Disk>) -> Result<Made, BuildError> {
+    let options = block_options(config, disk);
+    Ok(Made::new(&disk.id, Block::new(&disk.id, Arc::clone(opened), options).map_err(io_error("a disk"))?))
+}
+
+fn net_device(config: &VmConfig, net: &NetConfig, links: Vec<Arc<dyn FrameLink>>) -> Result<Made, BuildError> {
+    let mac = Mac(effective_mac(config, net).0);
+    let (rx_rate, tx_rate) = (net.rx_rate.as_ref().map(rate), net.tx_rate.as_ref().map(rate));
+    let card = Net::new(&net.id, links, NetOptions { mac, mtu: net.mtu, rx_rate, tx_rate });
+    let card = card.map_err(|source| BuildError::Net { id: net.id.clone(), source })?;
+    let mirror = Some(card.mirror());
+    Ok(Made { mirror, ..Made::new(&net.id, card) })
+}
+
+fn console_device(id: &str, hub: &Arc<ConsoleHub>) -> Result<Made, BuildError> {
+    let console = Console::new(Arc::clone(hub)).map_err(io_error("the console"))?;
+    hub.connect_input(console.input());
+    Ok(Made::new(id, console))
 }
 
 /// A queue for each vCPU, where the user does not say otherwise, but not so many that most would be idle.
@@ -435,9 +518,7 @@ pub fn effective_mac(config: &VmConfig, net: &NetConfig) -> MacAddr {
 fn load(
     config: &VmConfig,
     resources: &mut Resources,
-    layout: &Layout,
-    memory: &Memory,
-    cpuid: &CpuidTemplate,
+    Board { layout, memory, cpuid, hotplug, .. }: &Board,
 ) -> Result<crate::boot::Entry, BuildError> {
     let range = |window: layout::Window| window.start.0..window.end().0;
     let acpi = AcpiConfig {
@@ -451,6 +532,7 @@ fn load(
         com1: Some((layout::COM1_PORT, layout::COM1_IRQ)),
         generation_id: Some(layout::GENERATION_PAGE.0),
         clock: Some(layout::CLOCK_PAGE.0),
+        hotplug_slots: hotplug.save().slots,
         ..Default::default()
     };
     let base = layout::ACPI_TABLES;

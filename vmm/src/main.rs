@@ -207,13 +207,13 @@ fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHa
     std::thread::Builder::new().name("signals".into()).spawn(obey).map_err(thread_refused)?;
     let conceived = Conceived::new(request, directory.path())?;
     preflight::check(&conceived.config)?;
-    let resources = Resources::of_fork(&conceived.config, directory.path())?;
+    let (resources, mirrors) = Resources::of_fork(&conceived.config, directory.path(), request.source_net)?;
     let listener = directory.bind()?;
     let embryo = Embryo::new(&conceived.config, &resources, &conceived.source);
     if let Err(e) = embryo.listen(directory.path()) {
         warn!("this VM cannot be forked: {e}");
     }
-    let unborn = conceived.wait(resources, embryo.report())?;
+    let unborn = conceived.wait(resources, mirrors, embryo.report())?;
     let ours = embryo.control(unborn.quitter()?);
     let server = server::spawn(listener, ours.clone()).map_err(thread_refused)?;
     let _ = control.set(ours);

@@ -36,6 +36,7 @@ use crate::control::Control;
 pub use civic_api::routes::MAX_BODY_BYTES;
 pub use routes::openapi;
 
+mod devices;
 mod metrics;
 mod routes;
 

@@ -18,28 +18,32 @@
 
 mod balloon;
 mod forking;
+mod plugging;
 mod saving;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use civic_api::{
-    AfterSave, CONSOLE_PORT_SERIAL, EndReason, ErrorBody, ErrorCode, SaveRequest, VmConfig, VmInfo, VmState,
+    AfterSave, CONSOLE_PORT_HVC, CONSOLE_PORT_SERIAL, EndReason, ErrorBody, ErrorCode, SaveRequest, VmConfig, VmInfo,
+    VmState,
 };
 use civic_devices::console_hub::ConsoleHub;
 use civic_devices::virtio::balloon::BalloonControl;
 use tracing::{error, info, warn};
 
-use self::forking::PauseRequest;
+use self::forking::{PauseRequest, StillRequest};
+use self::plugging::{PlugMessage, Plugging};
 use self::saving::{Begin, Meter, Outcome, Saving};
 use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
 use crate::fork::birth::{Born, LAST_RESORT, Lifeline, Link};
 use crate::fork::disks::Freezable;
 use crate::fork::family::{Family, Sharing};
-use crate::machine::{BuildError, GuestEvent, Machine, Meters, effective_mac};
-use crate::resources::{CONSOLE_PORT_HVC, Resources};
+use crate::machine::{BuildError, GuestEvent, Machine, Meters, Places, effective_mac};
+use crate::resources::Resources;
 use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
 
 /// How long console clients may take to read the last of the guest's output.
@@ -55,6 +59,10 @@ enum Message {
     ForkPoint(Box<PauseRequest>),
     /// From the same: it is over.
     Forked,
+    /// From whoever prepares one: the vCPUs are in the way.
+    Still(StillRequest),
+    /// From threads that open and close devices.
+    Plug(PlugMessage),
     /// Part of the memory cannot be had: from the thread that loads a saved VM's, or the one that listens to a child's page server.
     MemoryLost(String),
     /// A child was to end before it was born.
@@ -73,12 +81,15 @@ struct Status {
     meters: Meters,
     balloon: Option<BalloonControl>,
     saving: Option<Arc<Meter>>,
+    /// Those that come and go, by their ports' names.
+    consoles: BTreeMap<String, Arc<ConsoleHub>>,
     ended: Option<EndReason>,
 }
 
-/// The API's view. Lock order: `status` is a leaf, held for reading counters only.
+/// The API's view. Lock order: `status` is a leaf, held for reading counters only; so is `config`, held to copy a pointer.
 struct Shared {
-    config: VmConfig,
+    /// As it is now: devices come and go.
+    config: RwLock<Arc<VmConfig>>,
     status: Mutex<Status>,
     family: Arc<Family>,
     serial: Arc<ConsoleHub>,
@@ -88,7 +99,16 @@ struct Shared {
 impl Shared {
     fn new(config: VmConfig, status: Status, family: Arc<Family>, resources: &Resources) -> Arc<Self> {
         let (serial, hvc) = (Arc::clone(&resources.serial), Arc::clone(&resources.hvc));
-        Arc::new(Self { config, status: Mutex::new(status), family, serial, hvc })
+        let status = Mutex::new(Status { consoles: plugging::ports(&config, resources), ..status });
+        Arc::new(Self { config: RwLock::new(Arc::new(config)), status, family, serial, hvc })
+    }
+
+    fn config(&self) -> Arc<VmConfig> {
+        Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set_config(&self, config: VmConfig) {
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
     }
 
     fn status(&self) -> MutexGuard<'_, Status> {
@@ -98,23 +118,28 @@ impl Shared {
 
 impl View for Shared {
     fn info(&self) -> VmInfo {
+        let config = self.config();
         let status = self.status();
         let running = status.running_since.map_or(Duration::ZERO, |since| since.elapsed());
         let since_epoch = |at: SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
         VmInfo {
-            name: self.config.name.clone(),
+            name: config.name.clone(),
             state: status.state,
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
-            cpus: self.config.cpus,
-            memory_bytes: self.config.memory_bytes,
-            kernel: self.config.kernel.clone(),
+            cpus: config.cpus,
+            memory_bytes: config.memory_bytes,
+            kernel: config.kernel.clone(),
             boots: status.boots,
             started_at_ms: status.started.map(since_epoch),
             run_ms: (status.run + running).as_millis() as u64,
-            devices: status.meters.devices(&self.config),
+            devices: status.meters.devices(&config),
             vcpus: status.meters.vcpus(),
-            consoles: vec![CONSOLE_PORT_SERIAL.into(), CONSOLE_PORT_HVC.into()],
+            consoles: [CONSOLE_PORT_SERIAL, CONSOLE_PORT_HVC]
+                .into_iter()
+                .chain(config.consoles.iter().map(|console| console.id.as_str()))
+                .map(str::to_owned)
+                .collect(),
             balloon: status.balloon.as_ref().map(balloon::info),
             family: self.family.info(),
             saving: status.saving.as_ref().map(|meter| meter.read()),
@@ -136,7 +161,7 @@ impl View for Shared {
         match port {
             CONSOLE_PORT_SERIAL => Some(Arc::clone(&self.serial)),
             CONSOLE_PORT_HVC => Some(Arc::clone(&self.hvc)),
-            _ => None,
+            _ => self.status().consoles.get(port).cloned(),
         }
     }
 }
@@ -207,8 +232,10 @@ pub struct Supervisor {
     saving: Option<Saving>,
     /// A fork is being made.
     forking: bool,
+    /// Devices on their way.
+    plugging: Plugging,
     /// The disks, once the first fork was wanted.
-    freezable: Option<Arc<Vec<Freezable>>>,
+    freezable: Option<Arc<Vec<Arc<Freezable>>>>,
     /// What keeps a forked machine's memory, and the disks of what it becomes after a reset.
     lifeline: Option<Lifeline>,
     sender: Sender<Message>,
@@ -219,7 +246,7 @@ impl Supervisor {
     /// Builds the first machine; it waits for [`Command::Start`].
     pub fn new(config: VmConfig, mut resources: Resources) -> Result<Self, BuildError> {
         let (sender, inbox) = channel();
-        let machine = build(&config, &mut resources, &sender, 1)?;
+        let machine = build(&config, &mut resources, &Places::new(), &sender, 1)?;
         let shared = Shared::new(config, Status::default(), Family::new(None), &resources);
         Ok(Self::around(machine, shared, resources, (sender, inbox), None))
     }
@@ -251,8 +278,10 @@ impl Supervisor {
 
     /// Takes over a machine that was just forked. It waits for [`Command::Start`], unless it is to stay paused, or runs already.
     pub fn adopt(embryo: Embryo, born: Born) -> (Self, Link) {
-        let Born { machine, resources, go, lifeline, link } = born;
+        let Born { machine, config, resources, go, lifeline, link } = born;
         let Embryo { shared, sender, inbox, quit } = embryo;
+        shared.status().consoles = plugging::ports(&config, &resources);
+        shared.set_config(config);
         let (lost, family) = (sender.clone(), Arc::clone(&shared.family));
         shared.family.born_of(go.generation);
         let mut this = Self::around(machine, shared, resources, (sender, inbox), Some((go.boots, go.run)));
@@ -267,6 +296,8 @@ impl Supervisor {
         this.shared.family.served_by(Arc::clone(&lifeline.branch));
         lifeline.attend(move |notice| family.heed_branch(notice), move |why| drop(lost.send(Message::MemoryLost(why))));
         this.lifeline = Some(lifeline);
+        // Its source's guest may have given something up in its last moment.
+        this.collect_given_up();
         if quit.load(Ordering::Relaxed) {
             // Who wanted it to end was told that it will, when it was about to be born.
             let _ = this.sender.send(Message::Unwanted);
@@ -304,6 +335,7 @@ impl Supervisor {
             restored,
             saving,
             forking: false,
+            plugging: Plugging::default(),
             freezable: None,
             lifeline: None,
             sender,
@@ -339,8 +371,25 @@ impl Supervisor {
                     self.fork_point(*request);
                     None
                 }
+                Ok(Message::Api(Request { command: Command::Plug(device), reply })) => {
+                    self.begin_plug(device, reply);
+                    None
+                }
+                Ok(Message::Api(Request { command: Command::Unplug { id, force }, reply })) => {
+                    self.begin_unplug(id, force, reply);
+                    None
+                }
+                Ok(Message::Plug(message)) => {
+                    self.plug_message(message);
+                    None
+                }
+                Ok(Message::Still(request)) => {
+                    self.stand_still(request);
+                    None
+                }
                 Ok(Message::Forked) => {
                     self.forking = false;
+                    self.may_go();
                     None
                 }
                 Ok(Message::Api(request)) => {
@@ -350,7 +399,11 @@ impl Supervisor {
                 }
                 Ok(Message::Guest(boot, event)) if boot == self.boot => self.observe(event),
                 Ok(Message::Guest(..)) => None,
-                Ok(Message::Saved(outcome)) => self.end_save(outcome),
+                Ok(Message::Saved(outcome)) => {
+                    let end = self.end_save(outcome);
+                    self.may_go();
+                    end
+                }
                 Ok(Message::MemoryLost(why)) => {
                     // Its threads may be waiting for memory that never comes: they end with the process.
                     std::mem::forget(self.machine.take());
@@ -463,6 +516,10 @@ impl Supervisor {
             let hint = "save the VM that it was forked from";
             return Err((wrong("a fork cannot be saved: its memory is its source's".into(), hint), reply));
         }
+        if let Some(disk) = self.shared.config().disks.iter().find(|disk| disk.overlay) {
+            let message = format!("a VM cannot be saved whose disk '{}' keeps what is written in an overlay", disk.id);
+            return Err((wrong(message, "remove the disk first"), reply));
+        }
         if let Some(lazy) = machine.loading() {
             // What it was restored from is still needed: wait for that while it runs, then come back.
             let sender = self.sender.clone();
@@ -520,7 +577,7 @@ impl Supervisor {
 
     /// What the machine does not know of itself, with every default filled in that depended on its name.
     fn vm_state(&self) -> Result<VmStateV1, serde_json::Error> {
-        let mut config = self.shared.config.clone();
+        let mut config = VmConfig::clone(&self.shared.config());
         let macs: Vec<_> = config.nets.iter().map(|net| effective_mac(&config, net)).collect();
         for (net, mac) in config.nets.iter_mut().zip(macs) {
             net.mac = Some(mac);
@@ -596,6 +653,14 @@ impl Supervisor {
     fn observe(&mut self, event: GuestEvent) -> Option<EndReason> {
         match event {
             GuestEvent::PowerOff => Some(EndReason::PoweredOff),
+            GuestEvent::GaveUp if self.must_stay() => {
+                self.later(Message::Guest(self.boot, GuestEvent::GaveUp));
+                None
+            }
+            GuestEvent::GaveUp => {
+                self.collect_given_up();
+                None
+            }
             GuestEvent::Reset => {
                 info!("the guest resets");
                 self.reboot().err().map(|e| {
@@ -628,8 +693,11 @@ impl Supervisor {
         let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
         // First give the memory back: two machines may not fit.
         self.leave_family();
+        self.collect_given_up();
+        self.pull_leaving();
+        let places = self.machine.as_ref().map(Machine::places).unwrap_or_default();
         self.machine = None;
-        let next = build(&self.shared.config, &mut self.resources, &self.sender, self.boot)
+        let next = build(&self.shared.config(), &mut self.resources, &places, &self.sender, self.boot)
             .map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let mut status = self.shared.status();
         status.meters = next.meters().after(&status.meters);
@@ -669,12 +737,13 @@ impl Status {
 fn build(
     config: &VmConfig,
     resources: &mut Resources,
+    places: &Places,
     sender: &Sender<Message>,
     boot: u64,
 ) -> Result<Machine, BuildError> {
     // `Sender` is Sync, so devices on any thread may report.
     let sender = sender.clone();
-    Machine::build(config, resources, move |event| drop(sender.send(Message::Guest(boot, event))))
+    Machine::build(config, resources, places, move |event| drop(sender.send(Message::Guest(boot, event))))
 }
 
 fn command_name(command: &Command) -> &'static str {
@@ -687,6 +756,8 @@ fn command_name(command: &Command) -> &'static str {
         Command::SetBalloon(_) => "set the balloon of",
         Command::Save(_) => "save",
         Command::Fork(_) => "fork",
+        Command::Plug(_) => "plug a device into",
+        Command::Unplug { .. } => "remove a device from",
     }
 }
 

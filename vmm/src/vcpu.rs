@@ -67,6 +67,8 @@ impl Counters for Exits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Park,
+    /// For good: the guest has ended, or is to be reset.
+    Shut,
     Run,
     End,
 }
@@ -106,17 +108,17 @@ impl Gate {
 
     fn set(&self, mode: Mode) {
         let mut state = self.state();
-        if state.mode != Mode::End {
+        if state.mode != Mode::End && (state.mode != Mode::Shut || mode == Mode::End) {
             state.mode = mode;
             self.open.store(mode == Mode::Run, Ordering::SeqCst);
             self.changed.notify_all();
         }
     }
 
-    /// Lets no vCPU back into the guest after its current exit. Unlike [`Vcpus::pause`] it does not wait, so a device may call
+    /// Lets no vCPU back into the guest after its current exit, ever. Unlike [`Vcpus::pause`] it does not wait, so a device may call
     /// it from a vCPU's own exit.
     pub fn shut(&self) {
-        self.set(Mode::Park);
+        self.set(Mode::Shut);
     }
 
     fn is_open(&self) -> bool {
@@ -128,7 +130,7 @@ impl Gate {
         let mut state = self.state();
         state.parked += 1;
         self.changed.notify_all();
-        while state.mode == Mode::Park {
+        while matches!(state.mode, Mode::Park | Mode::Shut) {
             if let Some(job) = state.jobs.remove(&index) {
                 drop(state);
                 job(fd);

@@ -15,7 +15,7 @@ use crate::MacAddr;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Unique among the VM's disks and NICs; the disk's serial number in the guest: `[a-z0-9][a-z0-9._-]{0,19}`.
+    /// Unique among the VM's disks, NICs and consoles; the disk's serial number in the guest: `[a-z0-9][a-z0-9._-]{0,19}`.
     #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
     pub id: String,
     /// Image file or block device.
@@ -31,6 +31,10 @@ pub struct DiskConfig {
     /// it would choose which of the host's files the guest sees.
     #[serde(default, skip_serializing_if = "is_false")]
     pub backing: bool,
+    /// Leave the image as it is: what the guest writes goes to a file without a name, and with the VM. Others may have the image so too, or
+    /// read-only, at the same time.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub overlay: bool,
     /// Request queues. Absent lets the monitor choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
@@ -69,7 +73,7 @@ pub struct RateLimit {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Unique among the VM's disks and NICs: `[a-z0-9][a-z0-9._-]{0,19}`.
+    /// Unique among the VM's disks, NICs and consoles: `[a-z0-9][a-z0-9._-]{0,19}`.
     #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
     pub id: String,
     /// Name of the host's tap interface.
@@ -92,6 +96,15 @@ pub struct NetConfig {
     /// Limit of what the guest sends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_rate: Option<RateLimit>,
+}
+
+/// A console port of a VM: a virtio console of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Unique among the VM's disks, NICs and consoles, and the port's name: `[a-z0-9][a-z0-9._-]{0,19}`.
+    #[schema(pattern = "^[a-z0-9][a-z0-9._-]{0,19}$")]
+    pub id: String,
 }
 
 /// The VM's vsock device: stream sockets between the guest and unix sockets of the host.
@@ -120,6 +133,11 @@ pub struct BalloonConfig {
 }
 
 impl DiskConfig {
+    /// Whether the image itself may be written.
+    pub fn writes_image(&self) -> bool {
+        !self.read_only && !self.overlay
+    }
+
     /// A raw, writable disk with the monitor's defaults.
     pub fn new(id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
         Self {
@@ -128,6 +146,7 @@ impl DiskConfig {
             read_only: false,
             format: DiskFormat::Raw,
             backing: false,
+            overlay: false,
             queues: None,
             rate: None,
         }
@@ -138,6 +157,9 @@ impl DiskConfig {
         validate_path(Field::Disk, &self.path)?;
         if self.backing && self.format != DiskFormat::Qcow2 {
             return Err(ConfigError::RawBacking { id: self.id.clone() });
+        }
+        if self.overlay && self.read_only {
+            return Err(ConfigError::ReadOnlyOverlay { id: self.id.clone() });
         }
         check_queues(Field::Disk, &self.id, self.queues, MAX_DISK_QUEUES)?;
         check_rate(Field::Disk, &self.id, self.rate)

@@ -36,7 +36,7 @@ pub enum ConfigError {
     ReservedId { field: Field, id: String },
     #[error("two devices have the id '{id}'")]
     DuplicateId { field: Field, id: String },
-    #[error("{count} disks and network cards: at most {MAX_DEVICES}")]
+    #[error("{count} disks, network cards and consoles: the bus has room for {MAX_DEVICES}")]
     TooManyDevices { field: Field, count: usize },
     #[error("the image {} is given to two disks", path.display())]
     DuplicateImage { path: PathBuf },
@@ -50,6 +50,8 @@ pub enum ConfigError {
     DuplicateMac { mac: MacAddr },
     #[error("'{id}' is a raw image, which has no backing file: only qcow2 has")]
     RawBacking { id: String },
+    #[error("'{id}' cannot both refuse writes and take them in an overlay")]
+    ReadOnlyOverlay { id: String },
     #[error("{queues} queues for '{id}': must be 1 to {most}")]
     Queues { field: Field, id: String, queues: u16, most: u16 },
     #[error("an MTU of {mtu} for '{id}': must be {MIN_MTU} to {}", u16::MAX)]
@@ -82,6 +84,7 @@ pub enum Field {
     Cpus,
     Disk,
     Net,
+    Console,
     Vsock,
     Balloon,
     Forks,
@@ -99,6 +102,7 @@ impl Field {
             Self::Cpus => "--cpus",
             Self::Disk => "--disk",
             Self::Net => "--net",
+            Self::Console => "--console",
             Self::Vsock => "--vsock",
             Self::Balloon => "--balloon",
             Self::Forks => "--forks",
@@ -117,6 +121,7 @@ impl std::fmt::Display for Field {
             Self::Cpus => "cpus",
             Self::Disk => "disks",
             Self::Net => "nets",
+            Self::Console => "consoles",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
             Self::Forks => "forks",
@@ -140,7 +145,7 @@ impl ConfigError {
             | Self::Queues { field, .. }
             | Self::RateEmpty { field, .. }
             | Self::RateZero { field, .. } => *field,
-            Self::DuplicateImage { .. } | Self::RawBacking { .. } => Field::Disk,
+            Self::DuplicateImage { .. } | Self::RawBacking { .. } | Self::ReadOnlyOverlay { .. } => Field::Disk,
             Self::Tap { .. }
             | Self::DuplicateTap { .. }
             | Self::MacNotUnicast { .. }

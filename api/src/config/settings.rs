@@ -26,7 +26,7 @@ impl VmConfig {
 fn disk(disk: &DiskConfig) -> Settings {
     let mut settings =
         Settings::from([("path".into(), shown(&disk.path)), ("format".into(), disk.format.as_str().into())]);
-    for (name, on) in [("read_only", disk.read_only), ("backing", disk.backing)] {
+    for (name, on) in [("read_only", disk.read_only), ("backing", disk.backing), ("overlay", disk.overlay)] {
         put(&mut settings, name, on.then_some(true));
     }
     put(&mut settings, "queues", disk.queues);

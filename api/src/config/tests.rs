@@ -20,6 +20,7 @@ fn config() -> VmConfig {
         cpus: 2,
         disks: vec![disk("disk0", "/root.img")],
         nets: vec![net("net0", "tap0")],
+        consoles: Vec::new(),
         vsock: None,
         balloon: None,
         forks: ForksConfig::default(),
@@ -57,8 +58,14 @@ fn sizes_and_counts() {
     assert_eq!(error_after(|c| c.memory_bytes = bytes), ConfigError::MemoryStep { bytes });
     assert_eq!(error_after(|c| c.cmdline = Some("x".repeat(2048))), ConfigError::CmdlineTooLong { bytes: 2048 });
     assert_eq!(error_after(|c| c.cmdline = Some("a\0b".into())), ConfigError::CmdlineNul);
-    let many = |c: &mut VmConfig| c.disks = (0..16).map(|i| disk(&format!("d{i}"), &format!("/d{i}"))).collect();
-    assert_eq!(error_after(many), ConfigError::TooManyDevices { field: Field::Disk, count: 17 });
+    let disks = |count: usize| (0..count).map(|i| disk(&format!("d{i}"), &format!("/d{i}"))).collect();
+    let many = |c: &mut VmConfig| c.disks = disks(MAX_DEVICES);
+    assert_eq!(error_after(many), ConfigError::TooManyDevices { field: Field::Disk, count: MAX_DEVICES + 1 });
+    let consoles = |c: &mut VmConfig| {
+        c.consoles = (0..MAX_DEVICES).map(|i| ConsoleConfig { id: format!("c{i}") }).collect();
+    };
+    let most = ConfigError::TooManyDevices { field: Field::Console, count: MAX_DEVICES + 2 };
+    assert_eq!(error_after(consoles), most);
 }
 
 #[test]
@@ -72,6 +79,8 @@ fn devices() {
     }
     let same_id = |c: &mut VmConfig| c.nets[0].id = "disk0".into();
     assert_eq!(error_after(same_id), ConfigError::DuplicateId { field: Field::Net, id: "disk0".into() });
+    let overlay = |c: &mut VmConfig| c.disks.push(DiskConfig { overlay: true, ..disk("b", "/root.img") });
+    assert_eq!(error_after(overlay), ConfigError::DuplicateImage { path: "/root.img".into() });
     let same_image = |c: &mut VmConfig| c.disks.push(disk("b", "/root.img"));
     assert_eq!(error_after(same_image), ConfigError::DuplicateImage { path: "/root.img".into() });
     for tap in ["", "a/b", "tap%d", "a b", "0123456789abcdef", "..", "a:1"] {
@@ -99,6 +108,8 @@ fn queues_and_formats() {
         assert_eq!(error_after(|c| c.nets[0].mtu = Some(mtu)), ConfigError::Mtu { id: "net0".into(), mtu });
     }
     assert_eq!(error_after(|c| c.disks[0].backing = true), ConfigError::RawBacking { id: "disk0".into() });
+    let both = |c: &mut VmConfig| (c.disks[0].overlay, c.disks[0].read_only) = (true, true);
+    assert_eq!(error_after(both), ConfigError::ReadOnlyOverlay { id: "disk0".into() });
     let mut config = config();
     config.disks[0] =
         DiskConfig { format: DiskFormat::Qcow2, backing: true, queues: Some(16), ..disk("disk0", "/root.qcow2") };

@@ -3,6 +3,7 @@
 //! ```text
 //! \_S5            soft off, as power.rs knows it
 //! \_SB.PCI0       the PCI host bridge: bus 0 and its windows, no native hotplug
+//! \_SB.PCI0.S01…  a slot whose devices come and go: hotplug.rs    \_GPE._E01  says which did
 //! \_SB.MBRD       motherboard resources: ECAM and the ACPI ports
 //! \_SB.COM1       the serial port
 //! \_SB.VGEN       the generation id          \_GPE._E02  says that it changed
@@ -16,14 +17,16 @@ use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,
-    Local, Memory32Fixed, Method, Name, NotEqual, Notify, ONE, Or, Package, Path, ResourceTemplate, Return, Scope,
-    Store, Uuid, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, Field,
+    FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
+    MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path, ResourceTemplate, Return,
+    Scope, ShiftLeft, Store, Uuid, ZERO,
 };
 
-use super::clock;
+use super::hotplug::{DEVICE_CHECK, EJECT_REQUEST};
 use super::power::{PORT, PORTS, SLP_TYP_S5, gpe};
 use super::tables::AcpiConfig;
+use super::{clock, hotplug};
 
 /// Host bridges and their `_OSC` (PCI Firmware 3.3 §4.5.1).
 const PCI_OSC_UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
@@ -43,12 +46,12 @@ pub(crate) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     let mut aml = Vec::new();
     soft_off(&mut aml);
     host_bridge(config, &mut aml);
+    slots(config, &mut aml);
     motherboard(config, &mut aml);
     serial(config, &mut aml);
     generation_id(config, &mut aml);
     clock_page(config, &mut aml);
     processors(config, &mut aml);
-    aml.extend_from_slice(&config.extra_aml);
     aml
 }
 
@@ -128,10 +131,91 @@ fn osc() -> Bytes {
     Bytes(bytes)
 }
 
-/// Reserves what no device claims: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the ports of power.rs.
+/// The slots whose devices come and go. None has a `_STA`: whether there is a device shows in its configuration space.
+fn slots(config: &AcpiConfig, aml: &mut Vec<u8>) {
+    if config.hotplug_slots == 0 {
+        return;
+    }
+    let mut terms = Vec::new();
+    let (first, len) = (hotplug::PORT, hotplug::PORTS);
+    OpRegion::new("HPRG".into(), OpRegionSpace::SystemIO, &first, &len).to_aml_bytes(&mut terms);
+    let word = |name: &[u8; 4]| FieldEntry::Named(*name, 32);
+    Field::new(
+        "HPRG".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![word(b"HINS"), word(b"HEJR"), word(b"HEJ0"), word(b"HOST")],
+    )
+    .to_aml_bytes(&mut terms);
+    let there = (1..32u8).filter(|slot| config.hotplug_slots >> slot & 1 == 1);
+    let (mut devices, mut notifications) = (Vec::new(), Vec::new());
+    for slot in there {
+        let name = format!("S{slot:02X}_");
+        slot_device(slot, &name).to_aml_bytes(&mut devices);
+        let device: Path = name.as_str().into();
+        let (arg, mask) = (Arg(0), 1u32 << slot);
+        If::new(&And::new(&ZERO, &arg, &mask), vec![&Notify::new(&device, &Arg(1))]).to_aml_bytes(&mut notifications);
+    }
+    terms.extend(devices);
+    let notifications = Bytes(notifications);
+    Method::new("HNTF".into(), 2, false, vec![&notifications]).to_aml_bytes(&mut terms);
+    // What comes between a read and the write behind it is not cleared, and has raised the event anew.
+    let (inserted, wanted): (Path, Path) = ("HINS".into(), "HEJR".into());
+    let tell = |slots: &Local, what: u8| {
+        let mut bytes = Vec::new();
+        If::new(slots, vec![&MethodCall::new("HNTF".into(), vec![slots, &what])]).to_aml_bytes(&mut bytes);
+        Bytes(bytes)
+    };
+    let (ins, out) = (Local(0), Local(1));
+    let (tell_inserted, tell_wanted) = (tell(&ins, DEVICE_CHECK), tell(&out, EJECT_REQUEST));
+    let steps = [
+        Store::new(&ins, &inserted),
+        Store::new(&inserted, &ins),
+        Store::new(&out, &wanted),
+        Store::new(&wanted, &out),
+    ];
+    let steps = steps.iter().map(|step| step as &dyn Aml).chain([&tell_inserted as &dyn Aml, &tell_wanted]);
+    Method::new("HPEV".into(), 0, true, steps.collect()).to_aml_bytes(&mut terms);
+    aml.extend(Scope::raw("\\_SB_.PCI0".into(), terms));
+    let event = MethodCall::new("\\_SB_.PCI0.HPEV".into(), Vec::new());
+    handler(gpe::HOTPLUG, &event, aml);
+}
+
+fn slot_device(slot: u8, name: &str) -> Bytes {
+    let (eject, answer): (Path, Path) = ("HEJ0".into(), "HOST".into());
+    let (event, status) = (Local(0), Local(1));
+    let mut bytes = Vec::new();
+    Device::new(
+        name.into(),
+        vec![
+            &Name::new("_ADR".into(), &(u32::from(slot) << 16)),
+            &Name::new("_SUN".into(), &slot),
+            &Method::new("_EJ0".into(), 1, false, vec![&Store::new(&eject, &(1u32 << slot))]),
+            &Method::new(
+                "_OST".into(),
+                3,
+                false,
+                vec![
+                    &And::new(&event, &Arg(0), &0xffu8),
+                    &ShiftLeft::new(&event, &event, &8u8),
+                    &And::new(&status, &Arg(1), &0xffu8),
+                    &Or::new(&event, &event, &status),
+                    &Or::new(&event, &event, &(u32::from(slot) << 24)),
+                    &Store::new(&answer, &event),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut bytes);
+    Bytes(bytes)
+}
+
+/// Reserves what no device claims: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the ports of power.rs and hotplug.rs.
 fn motherboard(config: &AcpiConfig, aml: &mut Vec<u8>) {
     let ecam = Memory32Fixed::new(true, config.ecam.start as u32, (config.ecam.end - config.ecam.start) as u32);
     let ports = IO::new(PORT, PORT, 1, PORTS as u8);
+    let slots = IO::new(hotplug::PORT, hotplug::PORT, 1, hotplug::PORTS as u8);
     Scope::new(
         "_SB_".into(),
         vec![&Device::new(
@@ -139,7 +223,7 @@ fn motherboard(config: &AcpiConfig, aml: &mut Vec<u8>) {
             vec![
                 &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
                 &Name::new("_UID".into(), &ZERO),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &ports])),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam, &ports, &slots])),
             ],
         )],
     )
@@ -213,9 +297,12 @@ fn clock_page(config: &AcpiConfig, aml: &mut Vec<u8>) {
 /// The handler of general-purpose event `event`: tells `device` that its state changed.
 fn notification(event: u32, device: &str, aml: &mut Vec<u8>) {
     let device: Path = device.into();
-    let notify = Notify::new(&device, &NOTIFY_CHANGED);
-    let handler = format!("_E{event:02X}");
-    Scope::new("_GPE".into(), vec![&Method::new(handler.as_str().into(), 0, false, vec![&notify])]).to_aml_bytes(aml);
+    handler(event, &Notify::new(&device, &NOTIFY_CHANGED), aml);
+}
+
+fn handler(event: u32, what: &dyn Aml, aml: &mut Vec<u8>) {
+    let name = format!("_E{event:02X}");
+    Scope::new("_GPE".into(), vec![&Method::new(name.as_str().into(), 0, false, vec![what])]).to_aml_bytes(aml);
 }
 
 fn processors(config: &AcpiConfig, aml: &mut Vec<u8>) {

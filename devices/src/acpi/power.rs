@@ -105,6 +105,8 @@ struct Registers {
     pm1_control: u16,
     gpe_status: u32,
     gpe_enable: u32,
+    /// Enabled at some time since power-on.
+    gpe_known: u32,
     timer_start: Instant,
     timer_base: u32,
     line: Arc<dyn IrqLine>,
@@ -152,7 +154,10 @@ impl Registers {
                 return written & SLP_EN != 0 && written >> 10 & 7 == u16::from(SLP_TYP_S5);
             }
             0x20..=0x23 => self.gpe_status &= !(u32::from(value) << (8 * (offset - 0x20))),
-            0x24..=0x27 => self.gpe_enable = replace(self.gpe_enable, offset - 0x24, value),
+            0x24..=0x27 => {
+                self.gpe_enable = replace(self.gpe_enable, offset - 0x24, value);
+                self.gpe_known |= self.gpe_enable;
+            }
             _ => {}
         }
         false
@@ -180,6 +185,7 @@ impl PowerManagement {
             pm1_control: 0,
             gpe_status: 0,
             gpe_enable: 0,
+            gpe_known: 0,
             timer_start: Instant::now(),
             timer_base: 0,
             line: sci,
@@ -197,6 +203,7 @@ impl PowerManagement {
         registers.pm1_control = state.pm1_control & CONTROL_STORED;
         registers.gpe_status = state.gpe_status;
         registers.gpe_enable = state.gpe_enable;
+        registers.gpe_known = state.gpe_enable;
         registers.timer_base = state.timer_ticks;
         registers.timer_start = Instant::now();
         registers.update_line();
@@ -227,6 +234,12 @@ impl PowerManagement {
         let mut registers = self.lock();
         registers.gpe_status |= 1u32.checked_shl(bit).unwrap_or(0);
         registers.update_line();
+    }
+
+    /// Whether the guest knows of general-purpose event `bit`: it has enabled it since power-on, or since this hardware was restored. While
+    /// it handles one, Linux has it disabled.
+    pub fn is_known(&self, bit: u32) -> bool {
+        self.lock().gpe_known & 1u32.checked_shl(bit).unwrap_or(0) != 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {

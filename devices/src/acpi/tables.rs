@@ -79,8 +79,8 @@ pub struct AcpiConfig {
     pub generation_id: Option<u64>,
     /// Where the clock page lies, below 4 GiB, if the machine has one.
     pub clock: Option<u64>,
-    /// More AML for the end of the DSDT, which may reopen its scopes (hotplug).
-    pub extra_aml: Vec<u8>,
+    /// The slots of bus 0 whose devices come and go while the guest runs, a bit each. Not the host bridge's, which is 0.
+    pub hotplug_slots: u32,
 }
 
 impl Default for AcpiConfig {
@@ -99,7 +99,7 @@ impl Default for AcpiConfig {
             com1: Some((0x3f8, 4)),
             generation_id: None,
             clock: None,
-            extra_aml: Vec::new(),
+            hotplug_slots: 0,
         }
     }
 }

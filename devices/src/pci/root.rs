@@ -32,8 +32,8 @@ pub enum SlotError {
     /// The slot holds a function already, or does not exist.
     #[error("slot {0} is taken")]
     Taken(Slot),
-    /// All 32 are taken.
-    #[error("the PCI bus has no free slot: it holds {SLOTS} devices")]
+    /// None is free for it.
+    #[error("the PCI bus has no free slot of its {SLOTS}")]
     Full,
 }
 
@@ -100,9 +100,13 @@ impl PciRoot {
         self.slots[index].lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The lowest free slot.
-    pub fn free_slot(&self) -> Result<Slot, SlotError> {
-        (0..SLOTS).find(|&i| self.slot(i).is_none()).map(|i| Slot(i as u8)).ok_or(SlotError::Full)
+    /// The lowest free slot that is not `unfit`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn free_slot(&self, unfit: impl Fn(Slot) -> bool) -> Result<Slot, SlotError> {
+        let free = |slot: &Slot| self.slot(slot.0.into()).is_none() && !unfit(*slot);
+        (0..SLOTS as u8).map(Slot).find(free).ok_or(SlotError::Full)
     }
 
     /// Plugs `function` into `slot`.
@@ -116,6 +120,22 @@ impl PciRoot {
         }
         *place = Some(Occupant { function, mapped: Vec::new() });
         Ok(())
+    }
+
+    /// Takes what is in `slot` off the bus: from now on the guest finds nothing there. What it was doing goes on.
+    pub fn unplug(&self, slot: Slot) -> Option<Arc<dyn Function>> {
+        if usize::from(slot.0) >= SLOTS {
+            return None;
+        }
+        let mut place = self.slot(slot.0.into());
+        let mut occupant = place.take()?;
+        self.remap(slot, &mut occupant, Vec::new());
+        Some(occupant.function)
+    }
+
+    /// Whether there is something in `slot`.
+    pub fn holds(&self, slot: Slot) -> bool {
+        usize::from(slot.0) < SLOTS && self.slot(slot.0.into()).is_some()
     }
 
     /// The bridge's registers and the configuration address.
@@ -325,7 +345,9 @@ mod tests {
     fn the_guest_moves_a_bar_through_ports_and_ecam() {
         let mmio = Arc::new(Bus::new());
         let root = PciRoot::new(mmio.clone());
-        assert_eq!(root.free_slot(), Ok(Slot(1)));
+        assert_eq!(root.free_slot(|_| false), Ok(Slot(1)));
+        assert_eq!(root.free_slot(|slot| slot.0 < 4), Ok(Slot(4)));
+        assert_eq!(root.free_slot(|_| true), Err(SlotError::Full));
         let card = Card::new(0xc000_0000);
         root.plug(Slot(3), card.clone()).unwrap();
         assert_eq!(root.plug(Slot(3), card.clone()), Err(SlotError::Taken(Slot(3))));
@@ -367,6 +389,30 @@ mod tests {
         ecam.write(1 << 15 | 4, &[0, 0]);
         ecam.write(2 << 15 | 4, &[2, 0]);
         assert_eq!(*second.moves.lock().unwrap(), [Some(0xc000_0000)]);
+    }
+
+    #[test]
+    fn what_is_unplugged_leaves_nothing_behind() {
+        let mmio = Arc::new(Bus::new());
+        let root = PciRoot::new(mmio.clone());
+        let card = Card::new(0xc000_0000);
+        root.plug(Slot(4), card.clone()).unwrap();
+        let ecam = Ecam::new(&root);
+        ecam.write(4 << 15 | 4, &[2, 0]);
+        assert!(root.unplug(Slot(4)).is_some() && root.unplug(Slot(4)).is_none() && root.unplug(Slot(40)).is_none());
+        assert!(!root.holds(Slot(4)) && root.holds(Slot(0)) && !root.holds(Slot(40)));
+        let mut id = [0; 4];
+        ecam.read(4 << 15, &mut id);
+        assert_eq!(id, [0xff; 4]);
+        assert!(!mmio.read(0xc000_0005, &mut [0]));
+        assert_eq!(*card.moves.lock().unwrap(), [Some(0xc000_0000), None]);
+        drop(ecam);
+        drop(root);
+        assert_eq!(Arc::strong_count(&card), 1);
+        let next = Card::new(0xc000_0000);
+        let root = PciRoot::new(mmio);
+        root.plug(Slot(4), next).unwrap();
+        Ecam::new(&root).write(4 << 15 | 4, &[2, 0]);
     }
 
     #[test]

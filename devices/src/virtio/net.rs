@@ -11,6 +11,8 @@
 //! Each pair has a thread ([`pair`]) and the control queue one ([`control`]); what they share is the [`card`]. The host steers a
 //! flow to the queue from which the guest sends it, among the pairs in use.
 //!
+//! What a card receives can be copied to cards of its VM's forks ([`mirror`]).
+//!
 //! Nothing filters by address: the guest may change its own without telling (CTRL_MAC_ADDR and CTRL_RX are not offered, so the
 //! card is promiscuous, §5.1.6.5.1). UFO is not offered: Linux has none any more.
 
@@ -18,6 +20,7 @@ mod card;
 mod control;
 mod frame;
 mod link;
+mod mirror;
 mod pair;
 #[cfg(test)]
 mod tests;
@@ -34,6 +37,7 @@ use virtio_bindings::virtio_net::{
 };
 
 pub use link::{FrameLink, LinkSwitch, Offloads};
+pub use mirror::{Mirror, MirrorId};
 
 use self::card::Card;
 use self::control::ControlHandler;
@@ -50,7 +54,7 @@ pub const NET_HEADER: usize = 12;
 /// Where that header says how many receive buffers a frame took.
 const NUM_BUFFERS: usize = 10;
 /// The largest frame with its header: a segmentation-offloaded packet of 64 KiB, its Ethernet header and a VLAN tag.
-const MAX_FRAME: usize = NET_HEADER + 18 + 65535;
+pub(crate) const MAX_FRAME: usize = NET_HEADER + 18 + 65535;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// The most pairs of queues of one card.
@@ -140,19 +144,27 @@ impl Net {
         let rate = |limit: Option<RateLimit>| limit.map(SharedRate::new).transpose().map_err(NetError::Rate);
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
-        Ok(Self {
-            card: Arc::new(Card::new(format!("net:{id}"), links).map_err(NetError::Io)?),
+        let carrier = links[0].carrier();
+        let this = Self {
+            card: Arc::new(Card::new(id, links).map_err(NetError::Io)?),
             mac: options.mac,
             mtu,
             rx_rate: rate(options.rx_rate)?,
             tx_rate: rate(options.tx_rate)?,
             queue_sizes,
-        })
+        };
+        this.card.switch.set_up(carrier);
+        Ok(this)
     }
 
     /// The card's cable.
     pub fn switch(&self) -> Arc<LinkSwitch> {
         Arc::clone(&self.card.switch)
+    }
+
+    /// Who else gets what the card receives.
+    pub fn mirror(&self) -> Arc<Mirror> {
+        Arc::clone(&self.card.mirror)
     }
 
     /// The pairs of queues that it has at most.
@@ -317,12 +329,19 @@ impl VirtioDevice for Net {
             self.card.way(usize::from(frame.pair)).held = frame.bytes;
         }
         self.card.restore_offloads(state.offloads);
-        self.card.switch.set_up(state.link_up);
+        self.card.switch.set_up(state.link_up && self.card.links[0].carrier());
         Ok(())
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
         Arc::clone(&self.card) as _
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        // Others may hold on to it.
+        self.card.mirror.close();
     }
 }
 

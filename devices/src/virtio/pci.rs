@@ -140,6 +140,8 @@ struct State {
     queue_select: u16,
     queues: Vec<QueueSetup>,
     bound_at: Option<u64>,
+    /// It was shut down: whoever still comes, came too late.
+    gone: bool,
 }
 
 /// A virtio device as a PCI function.
@@ -157,6 +159,7 @@ pub struct VirtioPci {
     ram: GuestRam,
     doorbells: Arc<dyn Doorbells>,
     counters: Arc<dyn Counters>,
+    driven: Arc<AtomicBool>,
 }
 
 impl VirtioPci {
@@ -196,6 +199,7 @@ impl VirtioPci {
             accepted: 0,
             queue_select: 0,
             bound_at: None,
+            gone: false,
         };
         Ok(Self {
             id: id.to_owned(),
@@ -211,7 +215,13 @@ impl VirtioPci {
             ram,
             doorbells,
             counters,
+            driven: Arc::default(),
         })
+    }
+
+    /// Tells whether the guest has a driver that uses the device. Outlives it.
+    pub fn driven(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.driven)
     }
 
     /// The name given at construction.
@@ -340,10 +350,12 @@ impl VirtioPci {
         }
     }
 
-    /// Stops the device for good: the machine is being taken down.
+    /// Stops the device for good, with what was in flight complete or dropped: it was unplugged, or the machine is being taken down.
     pub fn shut_down(&self) {
         let mut state = self.state();
+        state.gone = true;
         state.workers = Workers::default();
+        self.driven.store(false, Ordering::Release);
         state.device.reset();
         self.unbind(&mut state);
     }
@@ -489,6 +501,9 @@ impl VirtioPci {
 
     /// Starts the device, at the saved positions of all queues and paused where there are such.
     fn activate(&self, state: &mut State, positions: Option<&[(u16, u16)]>) -> Result<(), String> {
+        if state.gone {
+            return Err("it is gone".into());
+        }
         let mut queues = Vec::new();
         for (index, setup) in state.queues.iter().enumerate().filter(|(_, q)| q.enabled) {
             let queue = self.queue(setup, self.max_sizes[index], state.accepted);
@@ -508,6 +523,7 @@ impl VirtioPci {
             paused: positions.is_some(),
         };
         state.workers = state.device.activate(activation).map_err(|e| e.to_string())?;
+        self.driven.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -524,6 +540,7 @@ impl VirtioPci {
 
     fn reset(&self, state: &mut State) {
         state.workers = Workers::default();
+        self.driven.store(false, Ordering::Release);
         state.device.reset();
         self.interrupt.clear();
         state.status = 0;
@@ -648,7 +665,7 @@ impl Function for VirtioPci {
     fn moved(&self, _bar: u8, base: Option<u64>) {
         let mut state = self.state();
         self.unbind(&mut state);
-        let Some(base) = base else { return };
+        let Some(base) = base.filter(|_| !state.gone) else { return };
         for (i, kick) in self.kicks.iter().enumerate() {
             // Without a doorbell a kick still arrives, by way of the vCPU.
             if let Err(e) = self.doorbells.bind(notify_address(base, i), kick) {

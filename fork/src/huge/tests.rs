@@ -1,6 +1,6 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 
 use nix::fcntl::{SpliceFFlags, splice};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -36,6 +36,11 @@ fn collapse(memfd: &File, offset: u64) {
     }
 }
 
+/// Nobody writes, or whoever does goes on.
+fn as_they_are(work: &mut dyn FnMut()) {
+    work();
+}
+
 fn huge_pages(ram: &Ram) -> Vec<u64> {
     Window::new(ram.memfd()).unwrap().huge_pages(&PageMap::open().unwrap(), 0, ram.bytes()).unwrap()
 }
@@ -58,18 +63,18 @@ fn all_are_split_and_nothing_changes() {
         let there: Vec<_> = [0, 1, 3, 4, 5, 6, 7].map(|huge| huge * HUGE).into();
         assert_eq!(huge_pages(&ram), there);
         let before = testing::populated(ram.memfd());
-        assert_eq!(split(&ram, PATIENCE).unwrap(), there.len());
+        assert_eq!(split(&ram, PATIENCE, &as_they_are).unwrap(), there.len());
         assert_eq!(huge_pages(&ram), [0u64; 0]);
         assert_eq!(testing::populated(ram.memfd()), before);
         check(&ram, 2);
-        assert_eq!(split(&ram, PATIENCE).unwrap(), 0);
+        assert_eq!(split(&ram, PATIENCE, &as_they_are).unwrap(), 0);
     }
 }
 
 #[test]
 fn a_page_goes_that_is_punched_out_of_what_was_one() {
     let (_memory, ram) = ram(&[2 * HUGE], 1);
-    split(&ram, PATIENCE).unwrap();
+    split(&ram, PATIENCE, &as_they_are).unwrap();
     // Held like this it would stay, and be zero.
     let (held, _pipe) = hold(ram.memfd(), 7 * PAGE as u64);
     let mode = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -84,30 +89,38 @@ fn a_page_goes_that_is_punched_out_of_what_was_one() {
 fn writers_lose_nothing() {
     const PAGES: u64 = 8 * HUGE / PAGE as u64;
     let (memory, ram) = ram(&[8 * HUGE], 8);
-    let stop = AtomicBool::new(false);
+    let (stop, gate) = (AtomicBool::new(false), Arc::new(RwLock::new(())));
+    let held = Arc::clone(&gate);
+    let still = move |work: &mut dyn FnMut()| {
+        let _shut = held.write().unwrap();
+        work();
+    };
     std::thread::scope(|scope| {
         let writers: Vec<_> = (0..3u64)
             .map(|writer| {
-                let (memory, stop) = (&memory, &stop);
+                let (memory, stop, gate) = (&memory, &stop, &gate);
                 scope.spawn(move || {
                     let mut random = testing::Random(writer + 1);
                     let mut written = vec![0u64; PAGES as usize];
                     let mut count = 0;
                     while !stop.load(Ordering::Relaxed) || count < 10_000 {
-                        count += 1;
-                        let page = random.below(PAGES);
-                        let at = GuestAddress(page * PAGE as u64 + writer * 8);
-                        let there: u64 = memory.load(at, Ordering::Relaxed).unwrap();
-                        let last = std::mem::replace(&mut written[page as usize], count);
-                        assert!(last == 0 || there == last, "page {page:#x}: {there} in place of {last}");
-                        memory.store(count, at, Ordering::Relaxed).unwrap();
+                        let _open = gate.read().unwrap();
+                        for _ in 0..100 {
+                            count += 1;
+                            let page = random.below(PAGES);
+                            let at = GuestAddress(page * PAGE as u64 + writer * 8);
+                            let there: u64 = memory.load(at, Ordering::Relaxed).unwrap();
+                            let last = std::mem::replace(&mut written[page as usize], count);
+                            assert!(last == 0 || there == last, "page {page:#x}: {there} in place of {last}");
+                            memory.store(count, at, Ordering::Relaxed).unwrap();
+                        }
                     }
                     count
                 })
             })
             .collect();
         for _ in 0..20 {
-            assert!(split(&ram, PATIENCE).unwrap() > 0);
+            assert!(split(&ram, PATIENCE, &still).unwrap() > 0);
             allow(&ram).unwrap();
             (0..8).for_each(|huge| collapse(ram.memfd(), huge * HUGE));
         }
@@ -120,10 +133,10 @@ fn writers_lose_nothing() {
 fn one_that_is_in_use_is_told_and_split_later() {
     let (_memory, ram) = ram(&[4 * HUGE], 4);
     let held = hold(ram.memfd(), 2 * HUGE + PAGE as u64);
-    let e = split(&ram, Duration::from_millis(20)).unwrap_err();
+    let e = split(&ram, Duration::from_millis(20), &as_they_are).unwrap_err();
     assert!(matches!(e, HugeError::Held { offset } if offset == 2 * HUGE), "{e:?}");
     std::thread::scope(|scope| {
-        let later = scope.spawn(|| split(&ram, PATIENCE));
+        let later = scope.spawn(|| split(&ram, PATIENCE, &as_they_are));
         drop(held);
         assert_eq!(later.join().unwrap().unwrap(), 1);
     });

@@ -14,9 +14,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use civic_api::client::{Client, ClientError};
-use civic_api::launch::{Launch, SOCKET_FILE};
+use civic_api::launch::{ForkConfig, Launch, SOCKET_FILE, SourceNet};
 use civic_api::{
-    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, ForkReport, ForkRequest, ForksConfig, SaveReport,
+    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, ForkReport, ForkRequest, ForksConfig, NewDevice, SaveReport,
     SaveRequest, VmConfig, VmInfo, VmState,
 };
 use tempfile::TempDir;
@@ -78,6 +78,7 @@ impl Setup {
             cpus: 1,
             disks: Vec::new(),
             nets: Vec::new(),
+            consoles: Vec::new(),
             vsock: None,
             balloon: None,
             forks: ForksConfig::default(),
@@ -576,16 +577,47 @@ impl Vm {
 
     /// A monitor that waits to be forked from this VM.
     pub fn waiting(&self, name: &str) -> Waiting {
-        let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
-        let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
-        let setup = Rc::new(Setup { root, config, user: None, run_dir: self.setup.run_dir.clone() });
-        let request = serde_json::json!({ "name": name, "fork_of": self.dir(), "overlay_dir": setup.root() });
-        let (child, launch, log) = setup.spawn(&setup.write_config(&request.to_string()));
+        self.waiting_with(name, &[])
+    }
+
+    /// The same, with devices of its own.
+    pub fn waiting_with(&self, name: &str, devices: &[NewDevice]) -> Waiting {
+        let (setup, (child, launch, log)) = self.child(name, devices);
         match launch {
             Launch::Ready { pid, .. } => assert_eq!(pid, child.0.id()),
             Launch::Failed { error } => panic!("nobody waits: {error:?}; the log:\n{}", read(&log)),
         }
         Waiting { setup, child, log }
+    }
+
+    /// A monitor that cannot wait to be forked from this VM, or cannot be: why.
+    pub fn refused_child(&self, name: &str, devices: &[NewDevice]) -> ErrorBody {
+        let (setup, (child, launch, log)) = self.child(name, devices);
+        if let Launch::Failed { error } = launch {
+            return error;
+        }
+        self.want_page_server();
+        match self.attempt_fork(vec![Waiting { setup, child, log }], false) {
+            Err((ClientError::Refused(error), _)) => error,
+            Err((error, _)) => self.fail(&error.to_string()),
+            Ok(_) => self.fail(&format!("'{name}' lives")),
+        }
+    }
+
+    fn child(&self, name: &str, devices: &[NewDevice]) -> (Rc<Setup>, (Process, Launch, PathBuf)) {
+        let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
+        let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
+        let setup = Rc::new(Setup { root, config, user: None, run_dir: self.setup.run_dir.clone() });
+        let request = ForkConfig {
+            name: name.into(),
+            fork_of: self.dir(),
+            overlay_dir: Some(setup.root().to_owned()),
+            source_net: SourceNet::default(),
+            devices: devices.to_vec(),
+        };
+        let request = serde_json::to_string(&request).expect("a request is JSON");
+        let spawned = setup.spawn(&setup.write_config(&request));
+        (setup, spawned)
     }
 
     /// Starts a page server for this VM, if it has none. Its process id.

@@ -15,8 +15,9 @@ use crate::linux::{STEP, Spec, Vm};
 
 /// Where nginx serves what is in memory, and its count.
 const PORT: u16 = 81;
-/// The page is in a tmpfs; the count in memory that nginx's processes share.
-const SERVE: &str = "mkdir -p /run/page; echo boot > /run/page/index.html; echo 'server { listen 81; access_log off; root /run/page; \
+/// The page is in a tmpfs; the count in memory that nginx's processes share. One process serves: two that count at a time may tell the
+/// same number.
+const SERVE: &str = "sed -i 's/^worker_processes .*/worker_processes 1;/' /etc/nginx/nginx.conf; mkdir -p /run/page; echo boot > /run/page/index.html; echo 'server { listen 81; access_log off; root /run/page; \
     location = / { stub_status; } }' > /etc/nginx/conf.d/count.conf; nginx -s reload";
 /// `get PATH` by the shell alone.
 const GET: &str = "get() { exec 3<>/dev/tcp/127.0.0.1/81; printf 'GET %s HTTP/1.0\\r\\n\\r\\n' \"$1\" >&3; \

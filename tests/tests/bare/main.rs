@@ -11,6 +11,7 @@ mod huge;
 mod interrupts;
 mod memory;
 mod pausing;
+mod plugging;
 mod refusals;
 mod saving;
 mod torn;

@@ -85,13 +85,24 @@ pub fn live_for_a_while(source: &mut Vm, child: &mut Vm) {
 #[test]
 fn source_and_children_find_what_they_wrote() {
     let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
-    let mut source = Setup::new(&counting()).cpus(CPUS).boot();
+    let mut setup = Setup::new(&counting()).cpus(CPUS);
+    // Each child keeps its own of what all CPUs overwrite.
+    setup.config.forks.memory_bytes = Some(256 << 20);
+    let mut source = setup.boot();
     rounds(&mut source, 2);
+    // As many children of different moments live at a time; not the oldest ends first.
+    const ALIVE: usize = 4;
+    let mut alive = Vec::new();
     for n in 0..forks {
         let (report, mut children) = source.fork(vec![source.waiting(&format!("child{n}"))], false);
         println!("{n}: {:?}", report.stages);
-        live_for_a_while(&mut source, &mut children[0]);
+        alive.append(&mut children);
+        rounds(&mut source, 1);
+        if alive.len() == ALIVE {
+            live_for_a_while(&mut source, &mut alive.remove(n * 7 % ALIVE));
+        }
     }
+    alive.iter_mut().for_each(|child| live_for_a_while(&mut source, child));
     rounds(&mut source, 2);
 }
 

@@ -3,14 +3,15 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use civic_api::launch::{LaunchRequest, MovedDisk, RestoreConfig};
+use civic_api::launch::{LaunchRequest, MovedDisk, RestoreConfig, SourceNet};
 use civic_api::{
-    AfterSave, BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, ForksConfig, VmConfig, VsockConfig, validate_name,
+    AfterSave, BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, ConsoleConfig, DEVICE_WAIT_MS, ForksConfig, VmConfig,
+    VsockConfig, validate_name,
 };
 use clap::{Args, Parser, Subcommand};
 
 use crate::advice;
-use crate::devices::{DiskSpec, ForksSpec, NetSpec, VsockSpec};
+use crate::devices::{DiskSpec, ForksSpec, NetSpec, StoreSpec, VsockSpec};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -125,6 +126,11 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Plug devices into a VM while it runs, or remove them.
+    Device {
+        #[command(subcommand)]
+        command: DeviceCommand,
+    },
     /// End a VM now, as if its plug were pulled.
     Kill {
         /// The VM.
@@ -151,12 +157,89 @@ pub enum Command {
         shell: clap_complete::Shell,
     },
     /// Print a manual page.
-    #[command(after_help = "Example:\n  civic man run | man -l -")]
+    #[command(after_help = "Examples:\n  civic man run | man -l -\n  civic man device-add | man -l -")]
     Man {
-        /// The command it is about; all of Civic without.
+        /// The command it is about, such as run or device-add; all of Civic without.
         command: Option<String>,
     },
 }
+
+/// What `civic device` does.
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// Plug devices in and wait until the guest uses them.
+    #[command(after_help = DEVICE_ADD_HELP)]
+    Add {
+        /// The VM.
+        #[arg(value_parser = name)]
+        name: String,
+        #[command(flatten)]
+        devices: NewDevices,
+        /// How long to wait for the guest, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = DEVICE_WAIT_MS / 1000)]
+        wait: u64,
+        /// Print what was plugged in as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Have the guest give devices up, and close them.
+    #[command(visible_alias = "rm", after_help = DEVICE_REMOVE_HELP)]
+    Remove {
+        /// The VM.
+        #[arg(value_parser = name)]
+        name: String,
+        /// The devices; 'civic device list' has their ids.
+        #[arg(value_name = "ID", required = true)]
+        ids: Vec<String>,
+        /// How long to wait for the guest, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = DEVICE_WAIT_MS / 1000)]
+        wait: u64,
+        /// Take them away without asking the guest, which loses what it has not written yet.
+        #[arg(long)]
+        force: bool,
+    },
+    /// List a VM's devices, and whether its guest uses them.
+    #[command(visible_alias = "ls")]
+    List {
+        /// The VM.
+        #[arg(value_parser = name)]
+        name: String,
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Devices to plug in.
+#[derive(Clone, Debug, Default, Args)]
+pub struct NewDevices {
+    /// A disk, as 'civic run' takes it. Repeat for more. The id is by default the first of disk0, disk1, … that is free.
+    #[arg(long = "disk", value_name = "SPEC")]
+    pub disks: Vec<DiskSpec>,
+    /// A network card, as 'civic run' takes it. Repeat for more.
+    #[arg(long = "net", value_name = "SPEC")]
+    pub nets: Vec<NetSpec>,
+    /// A console port of this name: /dev/hvc1 and so on in the guest, 'civic console --port ID' outside. Repeat for more.
+    #[arg(long = "console", value_name = "ID")]
+    pub consoles: Vec<String>,
+}
+
+const DEVICE_ADD_HELP: &str = "\
+The guest finds them by itself, if its kernel has ACPI hotplug of PCI devices, as those of distributions
+have. They stay over a reset of the guest, and are saved and forked with the VM. Their ids and PCI
+addresses are printed.
+
+Examples:
+  civic device add web --disk path=data.img,id=data
+  civic device add web --net tap=tap1 --console tools --json";
+
+const DEVICE_REMOVE_HELP: &str = "\
+The command ends when what the guest wrote is on the host's storage, and the image or tap is free. Have
+the guest unmount a file system first: it is asked, and agrees, whether or not it uses the device.
+
+Examples:
+  civic device remove web data
+  civic device remove web disk1 net1 --wait 60";
 
 const RUN_EXAMPLES: &str = "\
 In the foreground the VM's serial console is on this terminal. Ctrl-] presses its power button,
@@ -213,14 +296,20 @@ Examples:
 const FORK_HELP: &str = "\
 The VM stands still for some milliseconds and runs on. The child has the same memory, shared page by page until either
 writes, and the same disks as of that moment; what it writes vanishes with it. Its network cards are on wires that lead
-nowhere, its vsock connections are reset, its generation id is new. The child's name is printed when it runs.
+nowhere unless --source-net says otherwise, its vsock connections are reset, its generation id is new. The child's name is
+printed when it runs.
 
-With --count, the children are NAME-1, NAME-2 and so on, all from the same moment.
+With --count, the children are NAME-1, NAME-2 and so on, all from the same moment. What --disk, --net and --console
+say, each child has besides, plugged in before its guest runs; '{n}' in a path, tap or id is the child's number.
 
 Examples:
   civic fork web --name web-1
   civic fork web --name probe --count 4 --paused --json
-  civic fork web --name web-1 --overlay-dir /scratch";
+  civic fork web --name web-1 --source-net mirror --net tap=tap1
+  civic fork web --name web-1 --overlay-dir /scratch
+  civic fork web --name web-1 --store tools.img
+  civic fork web --name probe --count 2 --store tools.img,overlay
+  civic fork web --name probe --count 2 --disk path=results-{n}.img,id=results --net tap=probe{n}";
 
 /// What `civic fork` is told.
 #[derive(Debug, Args)]
@@ -240,9 +329,40 @@ pub struct ForkArgs {
     /// A folder on the file system that takes what the children write to their disks; /var/tmp if not given.
     #[arg(long, value_name = "DIR")]
     pub overlay_dir: Option<PathBuf>,
+    /// What the network cards that the child has of its source are connected to. Whatever it is, nobody ever hears what they send.
+    #[arg(long, value_name = "TO", default_value = "isolated")]
+    pub source_net: SourceNetArg,
+    #[command(flatten)]
+    pub devices: NewDevices,
+    /// A disk of tools: FILE[,overlay][,id=ID]. Its serial number in the guest is civic-store unless an id is given. What a child
+    /// writes to it is there for the next; one child at a time has it, or, with 'overlay', as many as want, each with writes of its own
+    /// that go with it.
+    #[arg(long, value_name = "SPEC")]
+    pub store: Option<StoreSpec>,
     /// Print a report as JSON: names, and where the time went.
     #[arg(long)]
     pub json: bool,
+}
+
+/// As [`SourceNet`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SourceNetArg {
+    /// Wires that lead nowhere
+    Isolated,
+    /// Nothing: the guest sees that the cable is out
+    Down,
+    /// Wires on which comes a copy of what the source receives
+    Mirror,
+}
+
+impl From<SourceNetArg> for SourceNet {
+    fn from(arg: SourceNetArg) -> Self {
+        match arg {
+            SourceNetArg::Isolated => Self::Isolated,
+            SourceNetArg::Down => Self::Down,
+            SourceNetArg::Mirror => Self::Mirror,
+        }
+    }
 }
 
 /// What becomes of a VM that was saved.
@@ -289,9 +409,9 @@ pub struct RunArgs {
     /// vCPUs, 1 to 16. By default 1.
     #[arg(long, value_name = "COUNT")]
     pub cpus: Option<u8>,
-    /// A disk: path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]. Repeat for more: /dev/vda,
+    /// A disk: path=FILE[,id=ID][,ro|overlay][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]. Repeat for more: /dev/vda,
     /// /dev/vdb, … in the guest. A comma in FILE is doubled. The id is the disk's serial number in the guest, by default
-    /// disk0, disk1, … 'ro' refuses writes. The format is raw unless said otherwise; 'backing' lets a qcow2 image name the
+    /// disk0, disk1, … 'ro' refuses writes; 'overlay' leaves FILE as it is and forgets them with the VM. The format is raw unless said otherwise; 'backing' lets a qcow2 image name the
     /// file it is based on. 'bps' (bytes) and 'iops' (requests) limit what it does in a second.
     #[arg(long = "disk", value_name = "SPEC")]
     pub disks: Vec<DiskSpec>,
@@ -300,6 +420,9 @@ pub struct RunArgs {
     /// The limits are in bytes (bps) and packets (pps) a second, of what the guest receives (rx) and sends (tx).
     #[arg(long = "net", value_name = "SPEC")]
     pub nets: Vec<NetSpec>,
+    /// A console port of this name besides 'serial' and 'hvc0': /dev/hvc1 and so on in the guest. Repeat for more.
+    #[arg(long = "console", value_name = "ID")]
+    pub consoles: Vec<String>,
     /// Sockets between guest and host: uds=PATH[,cid=N]. The host connects to the unix socket PATH; the guest's connections
     /// to the host's port N go to PATH_N. The guest's context id is 3 unless given.
     #[arg(long, value_name = "SPEC")]
@@ -365,6 +488,7 @@ impl RunArgs {
             cpus: self.cpus.unwrap_or(1),
             disks,
             nets: self.nets.iter().enumerate().map(|(index, net)| net.config(index)).collect(),
+            consoles: self.consoles.iter().map(|id| ConsoleConfig { id: id.clone() }).collect(),
             vsock: self.vsock.as_ref().map(vsock).transpose()?,
             balloon: self.balloon.map(|size| BalloonConfig { target_bytes: size.0 }),
             forks: self.forks.as_ref().map(forks).transpose()?.unwrap_or_default(),
@@ -386,6 +510,7 @@ impl RunArgs {
             ("--cpus", self.cpus.is_some()),
             ("--balloon", self.balloon.is_some()),
             ("--forks", self.forks.is_some()),
+            ("--console", !self.consoles.is_empty()),
         ];
         if let Some((flag, _)) = saved_with.into_iter().find(|(_, given)| *given) {
             let message = format!("{flag}: a restored VM has what it was saved with");
@@ -423,7 +548,7 @@ impl RunArgs {
     }
 }
 
-fn absolute(path: &Path, flag: &str) -> anyhow::Result<PathBuf> {
+pub fn absolute(path: &Path, flag: &str) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).map_err(|error| {
         advice::error(format!("{flag} '{}': {error}", path.display()), format!("give a path to {flag}"))
     })
@@ -459,7 +584,9 @@ mod tests {
 
     #[test]
     fn every_option_and_command_has_help() {
-        for command in Cli::command().get_subcommands() {
+        let cli = Cli::command();
+        for command in cli.get_subcommands().flat_map(|command| [command].into_iter().chain(command.get_subcommands()))
+        {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
                 assert!(arg.get_help().is_some(), "{} --{:?}", command.get_name(), arg.get_long());

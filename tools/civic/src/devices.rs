@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use civic_api::launch::{MovedDisk, MovedNet};
-use civic_api::{ByteSize, DiskConfig, DiskFormat, ForksConfig, MacAddr, NetConfig, RateLimit, VsockConfig};
+use civic_api::{ByteSize, DiskConfig, DiskFormat, ForksConfig, MacAddr, NetConfig, RateLimit, STORE_ID, VsockConfig};
 
-/// `path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]`
+/// `path=FILE[,id=ID][,ro|overlay][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
     id: Option<String>,
@@ -35,6 +35,12 @@ impl DiskSpec {
         DiskConfig { id, ..self.disk.clone() }
     }
 
+    /// The same with its texts changed.
+    pub fn with(&self, change: impl Fn(&str) -> String) -> Self {
+        let path = self.disk.path.to_str().map_or_else(|| self.disk.path.clone(), |path| change(path).into());
+        Self { id: self.id.as_deref().map(&change), disk: DiskConfig { path, ..self.disk.clone() } }
+    }
+
     /// Where a restored VM's disk is now.
     pub fn moved(&self) -> Result<MovedDisk, String> {
         match &self.id {
@@ -53,6 +59,11 @@ impl NetSpec {
         NetConfig { id, ..self.net.clone() }
     }
 
+    /// The same with its texts changed.
+    pub fn with(&self, change: impl Fn(&str) -> String) -> Self {
+        Self { id: self.id.as_deref().map(&change), net: NetConfig { tap: change(&self.net.tap), ..self.net.clone() } }
+    }
+
     /// The tap that a restored VM's network card is on now.
     pub fn moved(&self) -> Result<MovedNet, String> {
         match &self.id {
@@ -61,6 +72,36 @@ impl NetSpec {
             }
             _ => Err(moved_form("id=ID,tap=NAME")),
         }
+    }
+}
+
+/// `PATH[,overlay][,id=ID]`: a disk of tools, for forks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreSpec(DiskConfig);
+
+impl StoreSpec {
+    /// The disk, for the child of this number.
+    pub fn config(&self, number: usize) -> DiskConfig {
+        let path = self.0.path.to_str().map(|path| path.replace("{n}", &number.to_string()).into());
+        DiskConfig { path: path.unwrap_or_else(|| self.0.path.clone()), ..self.0.clone() }
+    }
+}
+
+impl FromStr for StoreSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "FILE[,overlay][,ro][,format=raw|qcow2][,id=ID]";
+        let (path, rest) = match split(text).split_first() {
+            Some((path, rest)) if !path.is_empty() => (path.clone(), rest.to_vec()),
+            _ => return Err(format!("no file: write {FORM}")),
+        };
+        // The rest as for any disk.
+        let doubled = |text: &str| text.replace(',', ",,");
+        let fields = std::iter::once(format!("path={}", doubled(&path))).chain(rest.iter().map(|field| doubled(field)));
+        let spec: DiskSpec = fields.collect::<Vec<_>>().join(",").parse()?;
+        let id = spec.id.unwrap_or_else(|| STORE_ID.into());
+        Ok(Self(DiskConfig { id, ..spec.disk }))
     }
 }
 
@@ -91,7 +132,7 @@ impl FromStr for DiskSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const FORM: &str = "path=FILE[,id=ID][,ro][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]";
+        const FORM: &str = "path=FILE[,id=ID][,ro|overlay][,format=raw|qcow2][,backing][,queues=N][,bps=SIZE][,iops=N]";
         let mut fields = Fields::parse(text, FORM)?;
         let path = fields.take("path").ok_or_else(|| format!("no path: write {FORM}"))?;
         let id = fields.take("id");
@@ -104,6 +145,7 @@ impl FromStr for DiskSpec {
             read_only: fields.take_word("ro"),
             format,
             backing: fields.take_word("backing"),
+            overlay: fields.take_word("overlay"),
             queues: fields.take_number("queues")?,
             rate: fields.take_rate("bps", "iops")?,
             ..DiskConfig::new("", path)
@@ -264,6 +306,16 @@ mod tests {
 
     fn rate(bytes_per_second: Option<u64>, operations_per_second: Option<u64>) -> Option<RateLimit> {
         Some(RateLimit { bytes_per_second, operations_per_second })
+    }
+
+    #[test]
+    fn stores() {
+        let store = |text: &str| text.parse::<StoreSpec>().unwrap_or_else(|error| panic!("{text}: {error}")).config(7);
+        assert_eq!(store("tools.img"), DiskConfig::new("civic-store", "tools.img"));
+        let overlay = DiskConfig { overlay: true, ..DiskConfig::new("mine", "a,b-7.img") };
+        assert_eq!(store("a,,b-{n}.img,overlay,id=mine"), overlay);
+        complains::<StoreSpec>("", "no file");
+        complains::<StoreSpec>("tools.img,rw", "'rw' means nothing");
     }
 
     #[test]

@@ -8,10 +8,10 @@ use std::io::{IsTerminal, Write};
 
 use anyhow::Context;
 use civic_api::launch::{ForkConfig, LaunchRequest};
-use civic_api::{ForkReport, ForkRequest, MAX_CHILDREN, VmInfo, validate_name};
+use civic_api::{DiskConfig, ForkReport, ForkRequest, MAX_CHILDREN, NewDevice, VmInfo, validate_name};
 use serde::Serialize;
 
-use crate::cli::ForkArgs;
+use crate::cli::{ForkArgs, absolute};
 use crate::console::Signals;
 use crate::monitor::{Monitor, start_page_server};
 use crate::rundir::{Found, RunDir};
@@ -30,11 +30,19 @@ pub async fn fork(dir: &RunDir, args: ForkArgs) -> anyhow::Result<()> {
     }
     // Until they are released, whatever goes wrong ends the monitors.
     let mut monitors = Vec::new();
-    for name in &names {
+    for (n, name) in names.iter().enumerate() {
+        let taken = |id: &str| info.devices.iter().any(|device| device.id == id);
+        let mut devices = args.devices.numbered(n + 1).configured(taken)?;
+        if let Some(store) = &args.store {
+            let disk = store.config(n + 1);
+            devices.push(NewDevice::Disk(DiskConfig { path: absolute(&disk.path, "--store")?, ..disk }));
+        }
         let request = LaunchRequest::Fork(ForkConfig {
             name: name.clone(),
             fork_of: dir.vm(&args.source),
             overlay_dir: args.overlay_dir.clone(),
+            source_net: args.source_net.into(),
+            devices,
         });
         monitors.push(tokio::select! {
             launched = Monitor::launch(dir, &request) => launched?,

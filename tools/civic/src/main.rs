@@ -10,6 +10,7 @@ mod advice;
 mod balloon;
 mod cli;
 mod console;
+mod device;
 mod devices;
 mod fork;
 mod monitor;
@@ -78,6 +79,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             Command::Fork(args) => fork::fork(&dir, args).await,
             Command::Tree { json } => fork::tree(&dir, json).await,
             Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
+            Command::Device { command } => device::device(&dir, command).await,
             Command::Kill { name } => stop::kill(&dir, &name).await,
             Command::Doctor { json } => show::doctor(&dir, json),
             Command::Metrics { name } => {

@@ -183,13 +183,21 @@ pub fn man(command: Option<&str>) -> anyhow::Result<()> {
     let page = match command {
         None => civic,
         Some(name) => {
-            let found = civic.find_subcommand(name).cloned();
+            let found = subcommand(&civic, name).cloned();
             found.ok_or_else(|| advice::error(format!("there is no command '{name}'"), "'civic help' lists them"))?
         }
     };
     let mut text = Vec::new();
     clap_mangen::Man::new(page).render(&mut text)?;
     Ok(std::io::stdout().write_all(&text)?)
+}
+
+/// The command that is called so, by the name of its page: `device-add`.
+fn subcommand<'a>(of: &'a clap::Command, name: &str) -> Option<&'a clap::Command> {
+    of.find_subcommand(name).or_else(|| {
+        let (first, rest) = name.split_once('-')?;
+        subcommand(of.find_subcommand(first)?, rest)
+    })
 }
 
 pub fn print(text: &str) -> anyhow::Result<()> {
@@ -216,7 +224,16 @@ pub fn duration(ms: u64) -> String {
 mod tests {
     use super::*;
     use civic_api::doctor::Check;
-    use civic_api::{BalloonInfo, DeviceInfo, VcpuInfo};
+    use civic_api::{BalloonInfo, DeviceInfo, GuestAnswer, VcpuInfo};
+
+    #[test]
+    fn commands_within_commands_have_pages() {
+        let mut civic = Cli::command();
+        civic.build();
+        let found = |name: &str| subcommand(&civic, name).map(clap::Command::get_name);
+        assert_eq!((found("device"), found("device-add"), found("run")), (Some("device"), Some("add"), Some("run")));
+        assert_eq!((found("device-fly"), found("add"), found("")), (None, None, None));
+    }
 
     fn vm() -> VmInfo {
         VmInfo {
@@ -236,6 +253,9 @@ mod tests {
                 address: Some("0000:00:03.0".into()),
                 settings: [("path".to_owned(), "/r.img".to_owned()), ("queues".to_owned(), "4".to_owned())].into(),
                 counters: [("read_bytes".to_owned(), 512), ("reads".to_owned(), 1)].into(),
+                driver: Some(true),
+                guest: GuestAnswer::Unasked,
+                leaving: false,
             }],
             vcpus: vec![VcpuInfo { index: 0, exits: [("hlt".to_owned(), 7)].into() }],
             consoles: vec!["serial".into()],

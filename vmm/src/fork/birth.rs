@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use civic_api::launch::ForkConfig;
-use civic_api::{ErrorBody, ErrorCode, VmConfig};
+use civic_api::{ErrorBody, ErrorCode, NewDevice, VmConfig};
 use civic_fork::branch::Branch;
 use civic_fork::hello::{Hello, Role, VERSION};
 use civic_fork::mappings::Mappings;
@@ -25,7 +25,7 @@ use crate::layout::Layout;
 use crate::machine::state::Blank;
 use crate::machine::{GuestEvent, Machine};
 use crate::memory::Memory;
-use crate::resources::Resources;
+use crate::resources::{MirrorEnds, OpenDisk, OpenIn, Opened, Resources};
 use crate::state::{MAX_BYTES, Sections};
 
 /// Where overlays are, if nothing else is said: on a disk, mostly.
@@ -47,6 +47,7 @@ pub struct Conceived {
     link: Wire,
     ram: File,
     overlays: PathBuf,
+    own: Vec<(NewDevice, Opened)>,
     /// What it is to be.
     pub config: VmConfig,
     /// Of whom.
@@ -73,15 +74,14 @@ impl Conceived {
             (ToChild::Refused { why }, _) => return Err(failed(why)),
             _ => return Err(failed("the source says something else than what it should")),
         };
-        let source: VmConfig = serde_json::from_str(&config)
-            .map_err(|e| failed(format!("the source's configuration cannot be read: {e}")))?;
-        let name = source.name.clone();
-        let mut config = VmConfig { name: request.name.clone(), ..source };
-        if let Some(vsock) = &mut config.vsock {
-            vsock.uds = dir.join("vsock.sock");
-        }
+        let (config, source) = as_child(&config, &request.name, &dir.join("vsock.sock"))?;
         let overlays = request.overlay_dir.clone().unwrap_or_else(|| OVERLAYS.into());
-        Ok(Self { link, ram, overlays, config, source: name })
+        // What would be refused at birth is better refused now.
+        request.devices.iter().try_fold(config.clone(), |config, device| config.with(device.clone()))?;
+        let places = OpenIn { logs: dir.to_owned(), overlays: overlays.clone() };
+        let open = |device: &NewDevice| Ok((device.clone(), Opened::new(device, &places)?));
+        let own = request.devices.iter().map(open).collect::<Result<_, ErrorBody>>()?;
+        Ok(Self { link, ram, overlays, own, config, source })
     }
 
     /// Builds what can be built, says so and waits for the source to know it.
@@ -90,10 +90,12 @@ impl Conceived {
     /// When this host cannot carry such a machine, or the source does not want it.
     pub fn wait(
         self,
-        resources: Resources,
+        mut resources: Resources,
+        mirrors: Vec<MirrorEnds>,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Unborn, ErrorBody> {
-        let Self { link, ram, overlays, config, .. } = self;
+        let Self { link, ram, overlays, own, config, .. } = self;
+        resources.places.overlays.clone_from(&overlays);
         let layout = Layout::new(config.memory_bytes).map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let memory =
             Memory::of_parent(&layout, Arc::new(ram)).map_err(|e| ErrorBody::from_error(ErrorCode::OutOfMemory, &e))?;
@@ -110,14 +112,31 @@ impl Conceived {
         let lifeline = Lifeline::new(branch, watched, told).map_err(io_failed("cannot listen to the page server"))?;
         let blank = Machine::unborn(&config, &resources, layout, memory, report)?;
         let handed = uffd.try_clone().map_err(io_failed("cannot hand over a userfaultfd"))?;
-        let ready = ToSource::Ready { mappings };
-        link.send(&ready, &[handed.as_fd(), there.as_fd()]).map_err(|e| broken(&e))?;
+        let counts = mirrors.iter().map(|ends| (ends.id.clone(), ends.sockets.len() as u8)).collect();
+        let ready = ToSource::Ready { mappings, mirrors: counts };
+        let fds = [handed.as_fd(), there.as_fd()].into_iter();
+        let fds: Vec<_> = fds.chain(mirrors.iter().flat_map(|ends| &ends.sockets).map(AsFd::as_fd)).collect();
+        link.send(&ready, &fds).map_err(|e| broken(&e))?;
+        // Only the source has them now: where it closes them, nothing comes any more.
+        drop(mirrors);
         match link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?.0 {
-            ToChild::Registered => Ok(Unborn { link, lifeline, blank, overlays, config, resources }),
+            ToChild::Registered => Ok(Unborn { link, lifeline, blank, overlays, own, config, resources }),
             ToChild::Refused { why } => Err(failed(why)),
             _ => Err(failed("the source says something else than what it should")),
         }
     }
+}
+
+/// What a source's configuration is as its child's, and the source's name.
+fn as_child(config: &str, name: &str, vsock: &Path) -> Result<(VmConfig, String), ErrorBody> {
+    let source: VmConfig =
+        serde_json::from_str(config).map_err(|e| failed(format!("the source's configuration cannot be read: {e}")))?;
+    let parent = source.name.clone();
+    let mut config = VmConfig { name: name.to_owned(), ..source };
+    if let Some(device) = &mut config.vsock {
+        device.uds = vsock.to_owned();
+    }
+    Ok((config, parent))
 }
 
 fn broken(e: &WireError) -> ErrorBody {
@@ -130,6 +149,8 @@ pub struct Unborn {
     lifeline: Lifeline,
     blank: Blank,
     overlays: PathBuf,
+    /// What it has besides what its source has.
+    own: Vec<(NewDevice, Opened)>,
     config: VmConfig,
     resources: Resources,
 }
@@ -138,6 +159,8 @@ pub struct Unborn {
 pub struct Born {
     /// Parked.
     pub machine: Machine,
+    /// What it is.
+    pub config: VmConfig,
     /// Opened.
     pub resources: Resources,
     /// What the source said.
@@ -163,7 +186,7 @@ impl Unborn {
     /// # Errors
     /// When the source is gone, or its state cannot be this machine's. The source has been told.
     pub fn birth(self) -> Result<Born, ErrorBody> {
-        let Self { link, lifeline, blank, overlays, config, mut resources } = self;
+        let Self { link, lifeline, blank, overlays, own, config: before, mut resources } = self;
         let link = Link(link);
         let (go, fds) = match link.0.receive::<ToChild>(Duration::MAX) {
             Ok((ToChild::Go(go), fds)) => (go, fds),
@@ -174,27 +197,38 @@ impl Unborn {
         };
         let made = (|| {
             let mut sections = sections(fds)?;
+            let vsock = before.vsock.as_ref().map(|vsock| vsock.uds.clone()).unwrap_or_default();
+            let (mut config, _) = as_child(&go.config, &before.name, &vsock)?;
+            resources.follow(&before, &config)?;
             for disk in &config.disks {
                 let (message, fds) = link.0.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?;
                 let parts = DiskParts::of(message, fds)
                     .ok_or_else(|| failed("the source does not tell of a disk as it should"))?;
-                let (disk, forked) = parts.open(disk, &overlays)?;
-                resources.disks.push(Arc::new(disk));
-                resources.forked_disks.push(forked);
+                let (disk, layers) = parts.open(disk, &overlays)?;
+                resources.disks.push(OpenDisk { disk: Arc::new(disk), layers: Some(layers) });
             }
-            let machine = Machine::born(blank, &config, &resources, &mut sections)?;
+            let mut machine = Machine::born(blank, &config, &resources, &mut sections)?;
             sections.finish().map_err(|e| ErrorBody::from_error(ErrorCode::StateInvalid, &e))?;
-            Ok(machine)
+            if !own.is_empty() && !machine.hears_hotplug() {
+                let message = "its guest does not listen to devices that come and go: they cannot be plugged in";
+                return Err(failed(message).with_hint("docs/support.md says what a guest's kernel must have"));
+            }
+            for (device, opened) in own {
+                config = config.with(device.clone())?;
+                machine.plug(&config, &device, &opened, true)?;
+                resources.add(opened);
+            }
+            Ok((machine, config))
         })();
-        let machine = match made {
-            Ok(machine) => machine,
+        let (machine, config) = match made {
+            Ok(made) => made,
             Err(e) => {
                 let e: ErrorBody = e;
                 let _ = link.0.send(&ToSource::Failed { why: e.message.clone() }, &[]);
                 return Err(e);
             }
         };
-        Ok(Born { machine, resources, go, lifeline, link })
+        Ok(Born { machine, config, resources, go, lifeline, link })
     }
 }
 

@@ -43,8 +43,8 @@ pub struct Freezable {
 enum Base {
     /// Files that nobody writes. The image too, if it is read-only.
     Files(Vec<File>),
-    /// A fork's disk: what is frozen under its overlay.
-    Fork(Arc<ForkedDisk>),
+    /// A fork's disk, or one over an image: what is frozen under its overlay.
+    Fork(Arc<LayeredDisk>),
 }
 
 /// Tells a freezer what a disk is about to overwrite.
@@ -61,14 +61,14 @@ impl BeforeWrite for Watcher {
 }
 
 impl Freezable {
-    /// Prepares a disk for fork points; `forked` is what it consists of if it is a fork's.
+    /// Prepares a disk for fork points; `forked` is what it consists of if it has layers.
     ///
     /// # Errors
     /// When it is of a kind that cannot be forked, or there is no place for what must be kept of it.
     pub fn new(
         config: &DiskConfig,
         disk: &Arc<Disk>,
-        forked: Option<&Arc<ForkedDisk>>,
+        forked: Option<&Arc<LayeredDisk>>,
         forks: &ForksConfig,
         family: &Arc<Family>,
     ) -> Result<Self, ErrorBody> {
@@ -111,6 +111,11 @@ impl Freezable {
             }
         };
         Ok(Self { id: config.id.clone(), disk: Arc::clone(disk), freezer, base })
+    }
+
+    /// Whether it is this one.
+    pub fn is_of(&self, disk: &Arc<Disk>) -> bool {
+        Arc::ptr_eq(&self.disk, disk)
     }
 
     /// The fork point. Nothing is in flight.
@@ -210,23 +215,40 @@ impl DiskParts {
         Ok(Self { files, layers })
     }
 
+    /// A disk that has an image that nobody writes under what this VM writes, which is kept in the folder `overlays`.
+    ///
+    /// # Errors
+    /// As [`DiskParts::open`].
+    pub fn open_over(
+        image: &Arc<Disk>,
+        config: &DiskConfig,
+        overlays: &Path,
+    ) -> Result<(Disk, Arc<LayeredDisk>), ErrorBody> {
+        let files = image.files().and_then(|files| files.iter().map(FrozenParts::of_read_only).collect());
+        let files = files.map_err(|e| {
+            ErrorBody::new(ErrorCode::ImageUnusable, format!("disk '{}' cannot have an overlay: {e}", config.id))
+        })?;
+        let (disk, layers) = Self { files, layers: Vec::new() }.open(config, overlays)?;
+        let LayeredDisk { parts, overlay, .. } =
+            Arc::into_inner(layers).ok_or_else(|| ErrorBody::internal("a new disk is shared"))?;
+        Ok((disk, Arc::new(LayeredDisk { parts, overlay, _image: Some(Arc::clone(image)) })))
+    }
+
     /// The disk: what it held at the fork, under what this VM writes, which is kept in the folder `overlays`.
     ///
     /// # Errors
     /// When the parts do not fit, or there is no place for the overlay.
-    pub fn open(self, config: &DiskConfig, overlays: &Path) -> Result<(Disk, Arc<ForkedDisk>), ErrorBody> {
-        let told =
-            |e: io::Error| ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be forked: {e}", config.id));
+    pub fn open(self, config: &DiskConfig, overlays: &Path) -> Result<(Disk, Arc<LayeredDisk>), ErrorBody> {
+        let told = |e: io::Error| {
+            ErrorBody::new(ErrorCode::ForkFailed, format!("disk '{}' cannot be put together: {e}", config.id))
+        };
         let kept = self.try_clone().map_err(told)?;
         let mut files: Vec<Arc<dyn ReadDisk>> = Vec::new();
         for parts in self.files {
             let file = FrozenFile::open(parts).map_err(|e| told(io::Error::other(e)))?;
             files.push(Arc::new(Frozen(Arc::new(file))));
         }
-        let format = match config.format {
-            civic_api::DiskFormat::Raw => DiskFormat::Raw,
-            civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
-        };
+        let format = image_format(config);
         let mut below: Arc<dyn Bytes> = Arc::new(Image(open_frozen(files, format).map_err(told)?));
         for (overlay, parts) in self.layers {
             let view = OverlayView::open(overlay, below).map_err(|e| told(io::Error::other(e)))?;
@@ -234,19 +256,32 @@ impl DiskParts {
             below = Arc::new(frozen);
         }
         let overlay = Overlay::new(below, overlays).map_err(|e| {
-            let hint = format!("'civic fork --overlay-dir' says where its writes go; now {}", overlays.display());
+            let hint = format!(
+                "'civic fork --overlay-dir', 'civic run --forks dir=DIR' say where its writes go; now {}",
+                overlays.display()
+            );
             told(e).with_hint(hint)
         })?;
         let overlay = Arc::new(overlay);
         let disk = Disk::plugged(Arc::new(Layers(Arc::clone(&overlay))), config.read_only).map_err(told)?;
-        Ok((disk, Arc::new(ForkedDisk { parts: kept, overlay })))
+        Ok((disk, Arc::new(LayeredDisk { parts: kept, overlay, _image: None })))
     }
 }
 
-/// What a fork's disk consists of.
-pub struct ForkedDisk {
+/// What is in a disk's image, in the device's own words.
+pub fn image_format(config: &DiskConfig) -> DiskFormat {
+    match config.format {
+        civic_api::DiskFormat::Raw => DiskFormat::Raw,
+        civic_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+    }
+}
+
+/// What a disk consists of that is more than an image.
+pub struct LayeredDisk {
     parts: DiskParts,
     overlay: Arc<Overlay>,
+    /// Keeps others from writing it.
+    _image: Option<Arc<Disk>>,
 }
 
 /// A frozen file, as the image formats' reader wants it.

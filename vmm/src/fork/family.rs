@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use civic_api::{ChildVm, ErrorBody, ErrorCode, Family as FamilyInfo, Parent};
+use civic_devices::mirror::MirrorSink;
 use civic_fork::branch::Branch;
 use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::hello::{Hello, Role, VERSION};
@@ -31,6 +32,7 @@ use tracing::{info, warn};
 
 use super::disks::Freezable;
 use super::{PATIENCE, ToChild, ToSource};
+use crate::machine::Mirrored;
 use crate::memory::Keeper;
 
 /// How long a fork waits for a page server that is just being started.
@@ -50,6 +52,8 @@ pub struct Origin {
     pub keeper: Keeper,
     /// Most bytes kept of it for children; as many as it has, if nothing is said.
     pub store_bytes: Option<u64>,
+    /// Has its vCPUs stand still while the given work is done, if there are any.
+    pub still: Box<huge::Still>,
 }
 
 impl Origin {
@@ -57,7 +61,7 @@ impl Origin {
     fn split(&self) -> Result<(), ErrorBody> {
         let Some(ram) = &self.ram else { return Ok(()) };
         let start = Instant::now();
-        let count = huge::split(ram, IN_USE).map_err(|e| {
+        let count = huge::split(ram, IN_USE, &self.still).map_err(|e| {
             ErrorBody::from_error(ErrorCode::ForkFailed, &e).with_hint("try again: a disk's requests end some time")
         })?;
         if count > 0 {
@@ -88,9 +92,16 @@ pub struct Waiting {
     lifeline: Wire,
     /// The number of the page server that has it.
     adopted_by: Mutex<Option<u32>>,
+    /// Its network cards that are to be fed, until they are.
+    mirrors: Mutex<Vec<(String, MirrorSink)>>,
 }
 
 impl Waiting {
+    /// Its network cards that this VM's are to feed, by id. They are given away once.
+    pub fn mirrors(&self) -> Vec<(String, MirrorSink)> {
+        std::mem::take(&mut self.mirrors.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Has this page server know it.
     ///
     /// # Errors
@@ -106,11 +117,12 @@ impl Waiting {
 }
 
 /// A child that lives.
-#[derive(Clone, Debug)]
 struct Alive {
     name: String,
     pid: u32,
     generation: GenerationId,
+    /// Its network cards are fed as long as these are held.
+    _mirrors: Vec<Mirrored>,
 }
 
 /// What a page server tells, in this VM's own names.
@@ -172,8 +184,9 @@ struct Inner {
     released: BTreeSet<(u32, GenerationId)>,
     /// How many forks there have been.
     forks: GenerationId,
-    /// Those of the last fork. Watched while something of them is frozen, or is being frozen: so many times.
-    disks: Option<Arc<Vec<Freezable>>>,
+    /// Disks that are watched, while something of any is frozen or is being frozen: so many times. Those too that the VM has no more: their
+    /// images stay locked as long as a child reads them.
+    disks: Vec<Arc<Freezable>>,
     pins: u32,
     /// Of which fork of its parent it is; 0 until there is one.
     born_of: GenerationId,
@@ -276,8 +289,16 @@ impl Family {
         let text = |e: &dyn std::fmt::Display| e.to_string();
         link.send(&ToChild::Welcome { config }, &[origin.read_only.as_fd()]).map_err(|e| text(&e))?;
         let (ready, fds) = link.receive::<ToSource>(PATIENCE).map_err(|e| text(&e))?;
-        let ToSource::Ready { mappings } = ready else { return Err("it is not ready".into()) };
-        let [uffd, lifeline]: [_; 2] = fds.try_into().map_err(|_| "descriptors are missing")?;
+        let ToSource::Ready { mappings, mirrors } = ready else { return Err("it is not ready".into()) };
+        let mut fds = fds.into_iter();
+        let (Some(uffd), Some(lifeline)) = (fds.next(), fds.next()) else {
+            return Err("descriptors are missing".into());
+        };
+        let mut sinks = Vec::new();
+        for (id, count) in mirrors {
+            let sink = MirrorSink::new(fds.by_ref().take(count.into()).collect()).map_err(|e| text(&e))?;
+            sinks.push((id, sink));
+        }
         let uffd = Userfault::of_another(uffd).map_err(|e| text(&e))?;
         let link = link.try_clone().map_err(|e| text(&e))?;
         let told = link.try_clone().map_err(|e| text(&e))?;
@@ -288,8 +309,8 @@ impl Family {
         if taken {
             return Err(format!("a child '{name}' is there already"));
         }
-        let (lifeline, adopted_by) = (Wire::from(lifeline), Mutex::default());
-        inner.waiting.insert(name, Arc::new(Waiting { id, link, uffd, mappings, lifeline, adopted_by }));
+        let (lifeline, adopted_by, mirrors) = (Wire::from(lifeline), Mutex::default(), Mutex::new(sinks));
+        inner.waiting.insert(name, Arc::new(Waiting { id, link, uffd, mappings, lifeline, adopted_by, mirrors }));
         drop(inner);
         told.send(&ToChild::Registered, &[]).map_err(|e| text(&e))
     }
@@ -333,7 +354,7 @@ impl Family {
             children: inner
                 .children
                 .values()
-                .map(|Alive { name, pid, generation }| ChildVm {
+                .map(|Alive { name, pid, generation, .. }| ChildVm {
                     name: name.clone(),
                     pid: *pid,
                     generation: *generation,
@@ -365,6 +386,11 @@ impl Family {
         let mut inner = self.inner();
         inner.origin = Some(Arc::new(origin));
         inner.config = config;
+    }
+
+    /// From now on children are to be this.
+    pub fn set_config(&self, config: String) {
+        self.inner().config = config;
     }
 
     /// The machine is about to go. Who waits for it waits in vain; its children keep its memory.
@@ -502,17 +528,21 @@ impl Family {
     }
 
     /// These disks are about to be frozen: from now on they are watched.
-    pub fn pin(&self, disks: &Arc<Vec<Freezable>>) {
+    pub fn pin(&self, disks: &[Arc<Freezable>]) {
         let mut inner = self.inner();
         inner.pins += 1;
-        inner.disks = Some(Arc::clone(disks));
+        for disk in disks {
+            if !inner.disks.iter().any(|known| Arc::ptr_eq(known, disk)) {
+                inner.disks.push(Arc::clone(disk));
+            }
+        }
     }
 
     /// They were not.
     pub fn unpin(&self) {
         let mut inner = self.inner();
         inner.pins -= 1;
-        thaw_unused(&inner);
+        thaw_unused(&mut inner);
     }
 
     /// A fork point, by its number and what `serving` calls it, which keeps it: `disks` stay frozen until that says that nobody needs them.
@@ -530,7 +560,7 @@ impl Family {
             // One that has ended meanwhile tells nothing any more.
             let ended = !inner.server.iter().chain(&inner.former).any(|known| known.number == serving.number);
             if inner.released.remove(&(serving.number, point)) || ended {
-                thaw_unused(&inner);
+                thaw_unused(&mut inner);
                 Some(frozen)
             } else {
                 inner.frozen.insert(generation, frozen);
@@ -554,27 +584,29 @@ impl Family {
         let mut inner = self.inner();
         let thawed = inner.frozen.extract_if(.., |_, frozen| frozen.server == server && which(frozen));
         let thawed = thawed.map(|(_, frozen)| frozen).collect();
-        thaw_unused(&inner);
+        thaw_unused(&mut inner);
         thawed
     }
 
     /// A child has begun to live.
-    pub fn add(&self, child: ChildId, name: String, pid: u32, generation: GenerationId) {
+    pub fn add(&self, child: ChildId, name: String, pid: u32, generation: GenerationId, mirrors: Vec<Mirrored>) {
         let mut inner = self.inner();
         // It may have ended already.
         if inner.frozen.get(&generation).is_some_and(|frozen| frozen.children.contains(&child)) {
-            inner.children.insert(child, Alive { name, pid, generation });
+            inner.children.insert(child, Alive { name, pid, generation, _mirrors: mirrors });
         }
     }
 
     /// A child is no more, or never was. Returns its name, if it lived.
     pub fn remove(&self, child: ChildId) -> Option<String> {
         let mut inner = self.inner();
+        // Dropped without the lock: a thread may have to end.
         let alive = inner.children.remove(&child);
         inner.waiting.retain(|_, waiting| waiting.id != child);
         for frozen in inner.frozen.values_mut() {
             frozen.children.retain(|other| *other != child);
         }
+        drop(inner);
         alive.map(|alive| alive.name)
     }
 
@@ -611,9 +643,9 @@ fn patience() -> Duration {
 }
 
 /// Has nobody watch the disks any more, once nothing of them is frozen.
-fn thaw_unused(inner: &Inner) {
+fn thaw_unused(inner: &mut Inner) {
     if inner.frozen.is_empty() && inner.pins == 0 {
-        inner.disks.iter().flat_map(|disks| disks.iter()).for_each(Freezable::thaw);
+        inner.disks.drain(..).for_each(|disk| disk.thaw());
     }
 }
 

@@ -15,6 +15,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use civic_api::{ErrorBody, ErrorCode, FailedVm, ForkReport, ForkRequest, ForkStages, ForkedVm};
+use civic_devices::mirror::MirrorSink;
 use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::pager::{ChildId, GenerationId};
 use civic_fork::source::PageService;
@@ -25,6 +26,7 @@ use super::disks::Freezable;
 use super::family::{Family, Serving};
 use super::{Go, ToChild, ToSource};
 use crate::clock::monotonic;
+use crate::machine::Mirrored;
 use crate::state::Sections;
 
 /// How long a child may take to live, once it has everything.
@@ -37,15 +39,21 @@ pub struct Pause {
     /// The children to come.
     pub children: Vec<ChildId>,
     /// The disks.
-    pub disks: Arc<Vec<Freezable>>,
+    pub disks: Arc<Vec<Arc<Freezable>>>,
+    /// The children's network cards that are to be fed from that moment on, by child and id.
+    pub mirrors: Vec<(ChildId, String, MirrorSink)>,
 }
 
 /// What it gives back.
 pub struct Paused {
     /// The state of everything but memory and disks.
     pub sections: Sections,
+    /// The configuration at that moment, as in [`ToChild::Go`].
+    pub config: String,
     /// As the page server counts.
     pub generation: GenerationId,
+    /// The network cards that are fed.
+    pub mirrors: Vec<(ChildId, Mirrored)>,
     /// Of each disk; none for one that nobody writes.
     pub disks: Vec<Option<DiskGeneration>>,
     /// How long each part took.
@@ -65,7 +73,7 @@ pub struct Fork {
     /// Whose.
     pub family: Arc<Family>,
     /// Its disks.
-    pub disks: Arc<Vec<Freezable>>,
+    pub disks: Arc<Vec<Arc<Freezable>>>,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -88,7 +96,7 @@ impl Fork {
         let serving = family.server()?;
         let Serving { server, origin, .. } = &serving;
         let failed = |e: &(dyn std::error::Error + 'static)| ErrorBody::from_error(ErrorCode::ForkFailed, e);
-        let mut children = Vec::new();
+        let (mut children, mut mirrors) = (Vec::new(), Vec::new());
         let ids: Vec<_> = waiting.iter().map(|waiting| waiting.id).collect();
         let give_up = |e: ErrorBody| {
             let _ = server.abandon();
@@ -100,6 +108,7 @@ impl Fork {
             let adopted =
                 waiting.adopted_by(&serving).map_err(|e| failed(&e).with_hint(format!("it was about '{name}'")));
             let link = waiting.link.try_clone().map_err(|e| failed(&e));
+            mirrors.extend(waiting.mirrors().into_iter().map(|(net, sink)| (waiting.id, net, sink)));
             children.push((waiting.id, name.clone(), adopted.and(link).map_err(give_up)?));
         }
         let prepare_us = micros(started);
@@ -109,13 +118,14 @@ impl Fork {
         let armed = server.arm().map_err(|e| give_up(failed(&e)))?;
         family.armed();
         let arm_us = micros(arming);
-        let asked = Pause { serving: serving.clone(), children: ids.clone(), disks: Arc::clone(&disks) };
+        let (children_asked, frozen_disks) = (ids.clone(), Arc::clone(&disks));
+        let asked = Pause { serving: serving.clone(), children: children_asked, disks: frozen_disks, mirrors };
         let gone = || ErrorBody::new(ErrorCode::ForkFailed, "the VM has ended");
         let paused = pause(asked).recv().unwrap_or_else(|_| Err(gone())).map_err(give_up)?;
         let born = Instant::now();
-        let Paused { sections, generation, disks: frozen, mut stages, boots, run } = paused;
+        let Paused { sections, config, generation, mut mirrors, disks: frozen, mut stages, boots, run } = paused;
         let numbered = family.next_number();
-        let go = Go { generation: numbered, paused: request.paused, boots, run };
+        let go = Go { generation: numbered, config, paused: request.paused, boots, run };
         let sent = hand_over(&children, &sections, &go, &disks, &frozen);
         family.freeze(&serving, (numbered, generation), ids, frozen.into_iter().flatten().collect());
         if let Err(e) = sent {
@@ -127,7 +137,8 @@ impl Fork {
             match link.receive::<ToSource>(BIRTH) {
                 Ok((ToSource::Started { at }, _)) => {
                     let pid = link.peer().unwrap_or_default() as u32;
-                    family.add(id, name.clone(), pid, numbered);
+                    let fed = mirrors.extract_if(.., |(child, _)| *child == id).map(|(_, mirrored)| mirrored);
+                    family.add(id, name.clone(), pid, numbered, fed.collect());
                     lives.push(ForkedVm { name, pid, running_us: at.saturating_sub(begun) / 1000 });
                 }
                 other => {
@@ -171,7 +182,7 @@ fn hand_over(
     children: &[(ChildId, String, civic_fork::wire::Wire)],
     sections: &Sections,
     go: &Go,
-    disks: &[Freezable],
+    disks: &[Arc<Freezable>],
     frozen: &[Option<DiskGeneration>],
 ) -> io::Result<()> {
     let state = sections.encode();

@@ -7,7 +7,7 @@ use civic_api::{DeviceInfo, VcpuInfo, VmConfig};
 use civic_devices::counters::Counters;
 use civic_devices::virtio::DeviceType;
 
-use super::{Machine, Plugged, effective_mac};
+use super::{Machine, Plugged, Presence, effective_mac};
 
 /// Counters of one machine, and what its predecessors' had come to.
 struct Tally {
@@ -16,6 +16,12 @@ struct Tally {
 }
 
 impl Tally {
+    /// Counts on from what `before` had come to. What is still there counts on by itself.
+    fn go_on(&mut self, before: &Self) {
+        let same = Arc::ptr_eq(&self.counters, &before.counters);
+        self.carried = if same { before.carried.clone() } else { before.read() };
+    }
+
     fn read(&self) -> BTreeMap<String, u64> {
         let mut sums = self.carried.clone();
         for (name, value) in self.counters.read() {
@@ -29,6 +35,7 @@ struct Meter {
     id: String,
     kind: &'static str,
     address: Option<String>,
+    presence: Option<Presence>,
     tally: Tally,
 }
 
@@ -43,12 +50,15 @@ impl Meters {
     /// Counts on from what `before`, of the machine that this one replaces, had come to.
     #[must_use]
     pub fn after(mut self, before: &Self) -> Self {
-        // The same configuration makes the same devices in the same order.
-        for (meter, before) in self.devices.iter_mut().zip(&before.devices) {
-            meter.tally.carried = before.tally.read();
+        for meter in &mut self.devices {
+            if let Some(before) =
+                before.devices.iter().find(|before| before.id == meter.id && before.kind == meter.kind)
+            {
+                meter.tally.go_on(&before.tally);
+            }
         }
         for (tally, before) in self.vcpus.iter_mut().zip(&before.vcpus) {
-            tally.carried = before.read();
+            tally.go_on(before);
         }
         self
     }
@@ -61,6 +71,9 @@ impl Meters {
             address: meter.address.clone(),
             settings: settings(config, &meter.id),
             counters: meter.tally.read(),
+            driver: meter.presence.as_ref().map(Presence::driver),
+            guest: meter.presence.as_ref().map(Presence::guest).unwrap_or_default(),
+            leaving: meter.presence.as_ref().is_some_and(Presence::leaving),
         };
         self.devices.iter().map(info).collect()
     }
@@ -86,8 +99,10 @@ impl Machine {
     pub fn meters(&self) -> Meters {
         let tally = |counters| Tally { counters, carried: BTreeMap::new() };
         let serial = tally(self.serial.counters());
-        let mut devices = vec![Meter { id: "serial".into(), kind: "serial", address: None, tally: serial }];
-        for Plugged { slot, function } in &self.plugged {
+        let (id, kind) = (String::from("serial"), "serial");
+        let mut devices = vec![Meter { id, kind, address: None, presence: None, tally: serial }];
+        for plugged in &self.plugged {
+            let Plugged { slot, function, .. } = plugged;
             let kind = match function.kind() {
                 DeviceType::Net => "net",
                 DeviceType::Block => "blk",
@@ -97,7 +112,8 @@ impl Machine {
                 DeviceType::Vsock => "vsock",
             };
             let (id, address) = (function.id().to_owned(), Some(slot.to_string()));
-            devices.push(Meter { id, kind, address, tally: tally(function.counters()) });
+            let presence = Some(Presence::new(plugged, &self.hotplug));
+            devices.push(Meter { id, kind, address, presence, tally: tally(function.counters()) });
         }
         let vcpus = self.vcpus.exits().iter().map(|exits| tally(Arc::clone(exits) as Arc<dyn Counters>)).collect();
         Meters { devices, vcpus }

@@ -12,6 +12,7 @@
 use std::sync::Arc;
 
 use civic_api::VmConfig;
+use civic_devices::acpi::hotplug::HotplugStateV1;
 use civic_devices::acpi::power::PowerStateV1;
 use civic_devices::pci::Slot;
 use civic_devices::pci::root::PciRootStateV1;
@@ -21,7 +22,7 @@ use civic_fork::lazy::LazyMemory;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use super::{Board, BuildError, GuestEvent, Machine, Plugged, io_error};
+use super::{Board, BuildError, GuestEvent, Machine, Made, Plugged, io_error};
 use crate::cpu::cpuid::{CpuidStateV1, CpuidTemplate};
 use crate::cpu::state::{ClockLeader, VcpuShape, VcpuStateError, VcpuStateV1};
 use crate::identity::Identity;
@@ -38,6 +39,7 @@ const KVM: &str = "kvm";
 const POWER: &str = "power";
 const SERIAL: &str = "serial";
 const PCI: &str = "pci";
+const HOTPLUG: &str = "hotplug";
 
 fn vcpu(index: usize) -> String {
     format!("vcpu{index}")
@@ -49,14 +51,20 @@ fn device(id: &str) -> String {
 
 /// A PCI function in its place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FunctionStateV1 {
+pub struct FunctionStateV2 {
     /// Device number on bus 0.
     pub slot: u8,
+    /// Whether it is still on the bus, or was just given up.
+    pub plugged: bool,
     /// The function.
     pub function: VirtioPciStateV1,
 }
 
-impl Section for FunctionStateV1 {
+impl Section for FunctionStateV2 {
+    const VERSION: u16 = 2;
+}
+
+impl Section for HotplugStateV1 {
     const VERSION: u16 = 1;
 }
 
@@ -195,8 +203,10 @@ impl Machine {
         sections.put(POWER, &self.power.save());
         sections.put(SERIAL, &self.serial.save());
         sections.put(PCI, &self.root.save());
-        for Plugged { slot, function } in &self.plugged {
-            sections.put(device(function.id()), &FunctionStateV1 { slot: slot.0, function: function.save() });
+        sections.put(HOTPLUG, &self.hotplug.save());
+        for Plugged { slot, function, .. } in &self.plugged {
+            let state = FunctionStateV2 { slot: slot.0, plugged: self.root.holds(*slot), function: function.save() };
+            sections.put(device(function.id()), &state);
         }
         Ok(sections)
     }
@@ -271,19 +281,23 @@ impl Machine {
         }
         let mut plugged = Vec::new();
         let (devices, balloon) = board.devices(config, resources)?;
-        for (id, virtio) in devices {
-            let saved: FunctionStateV1 = sections.take(&device(&id))?;
+        let sockets = board.sockets();
+        for Made { id, device: virtio, mirror } in devices {
+            let saved: FunctionStateV2 = sections.take(&device(&id))?;
             let slot = Slot(saved.slot);
-            let function = board.function(&id, virtio, slot)?;
+            let function = sockets.function(&id, virtio, slot)?;
             function.restore(saved.function).map_err(|source| RestoreError::Device { id, source })?;
-            board.root.plug(slot, Arc::clone(&function) as _).map_err(BuildError::from)?;
-            board.root.settle(slot);
-            plugged.push(Plugged { slot, function });
+            if saved.plugged {
+                board.root.plug(slot, Arc::clone(&function) as _).map_err(BuildError::from)?;
+                board.root.settle(slot);
+            }
+            plugged.push(Plugged { slot, function, mirror });
         }
         let states = (0..config.cpus).map(|index| sections.take(&vcpu(index.into()))).collect::<Result<_, _>>()?;
         restore_vcpus(&vcpus, &board.shape()?, renamed.then_some(&board.cpuid), states)?;
         sections.take::<KvmStateV1>(KVM)?.restore(&board.vm)?;
         board.serial.restore(&sections.take(SERIAL)?, board.interrupts.line(layout::COM1_IRQ))?;
+        board.hotplug.restore(&sections.take(HOTPLUG)?);
         board.power.restore(&sections.take(POWER)?);
         let identity = Identity::inherited(&board.memory.ram, &board.power);
         let machine = board.finish(vcpus, plugged, balloon, identity, lazy)?;

@@ -40,6 +40,7 @@ impl Requests {
             Method::GET => "GET",
             Method::POST => "POST",
             Method::PUT => "PUT",
+            Method::DELETE => "DELETE",
             _ => "other",
         };
         let labels = RequestLabels { route: route.to_owned(), method, status: status.as_u16() };

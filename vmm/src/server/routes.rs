@@ -11,10 +11,10 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use civic_api::launch::{ForkConfig, RestoreConfig};
-use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, FORK, MAX_BODY_BYTES, SAVE};
+use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, CONSOLES, DISKS, FORK, MAX_BODY_BYTES, NETS, SAVE};
 use civic_api::{
-    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, SaveReport, SaveRequest, VmConfig,
-    VmInfo, VmState, doctor,
+    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, NewDevice, SaveReport, SaveRequest,
+    VmConfig, VmInfo, VmState, doctor,
 };
 use civic_devices::console_hub::ConsoleHub;
 use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
@@ -28,7 +28,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::metrics::{self, Requests};
-use super::{Limits, Patience};
+use super::{Limits, Patience, devices};
 use crate::control::{Answer, Command, Control, no_balloon};
 
 /// The document's frame; the paths come from the routes. Beside what they use, it has the types of `civic run`'s
@@ -41,19 +41,19 @@ use crate::control::{Answer, Command, Control, no_balloon};
             Every answer that is not a success has an `ErrorBody`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(VmConfig, RestoreConfig, ForkConfig, doctor::Report))
+    components(schemas(VmConfig, RestoreConfig, ForkConfig, NewDevice, doctor::Report))
 )]
 struct Frame;
 
 #[derive(Clone)]
-struct Api {
-    control: Control,
+pub(super) struct Api {
+    pub(super) control: Control,
     limits: Limits,
     requests: Requests,
 }
 
 /// An [`ErrorBody`] as a response.
-struct Failure(ErrorBody);
+pub(super) struct Failure(ErrorBody);
 
 impl From<ErrorBody> for Failure {
     fn from(body: ErrorBody) -> Self {
@@ -82,6 +82,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(vm_metrics))
         .routes(routes!(openapi_json))
         .routes(routes!(console))
+        .merge(devices::documented())
 }
 
 /// The OpenAPI document of the API, as `GET /v1/openapi.json` gives it.
@@ -122,8 +123,10 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
     #[serde(deny_unknown_fields)]
     struct Nothing {}
 
-    let takes_body =
-        matches!((request.method(), request.uri().path()), (&Method::POST, SAVE | FORK) | (&Method::PUT, BALLOON));
+    let takes_body = matches!(
+        (request.method(), request.uri().path()),
+        (&Method::POST, SAVE | FORK | DISKS | NETS | CONSOLES) | (&Method::PUT, BALLOON)
+    );
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
         Ok(Ok(body)) => body,

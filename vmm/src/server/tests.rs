@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use civic_api::client::{Client, ClientError};
 use civic_api::{
-    AfterSave, BalloonConfig, BalloonInfo, DeviceInfo, SaveReport, SaveRequest, VcpuInfo, VmInfo, VmState,
+    AfterSave, BalloonConfig, BalloonInfo, DeviceInfo, GuestAnswer, SaveReport, SaveRequest, VcpuInfo, VmInfo, VmState,
 };
 use civic_devices::console_hub::{ConsoleHub, ConsoleInput};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -100,6 +100,9 @@ impl View for Fake {
                 address: Some("0000:00:03.0".into()),
                 settings: BTreeMap::from([("path".to_owned(), "/r.img".to_owned())]),
                 counters: BTreeMap::from([("read_bytes".to_owned(), 512)]),
+                driver: Some(true),
+                guest: GuestAnswer::Unasked,
+                leaving: false,
             }],
             vcpus: vec![VcpuInfo { index: 0, exits: BTreeMap::from([("hlt".to_owned(), 7)]) }],
             consoles: vec!["serial".into()],
@@ -497,7 +500,8 @@ fn the_document_and_the_routes_agree() {
     let document = serde_json::to_value(openapi()).unwrap();
     let paths = document["paths"].as_object().unwrap();
     let mut known: Vec<&str> =
-        vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, FORK, BALLOON, METRICS, OPENAPI, CONSOLE];
+        vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, FORK, BALLOON, METRICS, OPENAPI, CONSOLE, DEVICE];
+    known.extend([DISKS, NETS, CONSOLES]);
     known.sort_unstable();
     assert_eq!(paths.keys().map(String::as_str).collect::<Vec<_>>(), known);
     for (path, item) in paths {

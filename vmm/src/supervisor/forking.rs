@@ -1,7 +1,7 @@
 //! A fork under way: a thread makes it, the supervisor only makes the pause, which is where the machine is.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use civic_api::{ErrorBody, ErrorCode, ForkRequest, ForkStages, MAX_CHILDREN, VmState, validate_name};
@@ -19,6 +19,12 @@ use crate::machine::{Machine, effective_mac};
 pub struct PauseRequest {
     pause: Pause,
     told: Sender<Result<Paused, ErrorBody>>,
+}
+
+/// Who wants the vCPUs to stand still: told when they do, and gone when they need not any more.
+pub struct StillRequest {
+    stand: Sender<()>,
+    done: Receiver<()>,
 }
 
 impl Supervisor {
@@ -91,16 +97,16 @@ impl Supervisor {
         Ok(())
     }
 
-    /// The disks, prepared for fork points when the first is wanted.
-    fn freezable(&mut self) -> Result<Arc<Vec<Freezable>>, ErrorBody> {
-        if let Some(disks) = &self.freezable {
-            return Ok(Arc::clone(disks));
-        }
-        let (resources, family) = (&self.resources, &self.shared.family);
-        let forks = &self.shared.config.forks;
-        let disks = self.shared.config.disks.iter().zip(&resources.disks).enumerate();
+    /// The disks, each prepared for fork points when the first is wanted.
+    fn freezable(&mut self) -> Result<Arc<Vec<Arc<Freezable>>>, ErrorBody> {
+        let (resources, family, config) = (&self.resources, &self.shared.family, self.shared.config());
+        let known = self.freezable.clone().unwrap_or_default();
+        let disks = config.disks.iter().zip(&resources.disks);
         let disks: Result<Vec<_>, _> = disks
-            .map(|(n, (config, disk))| Freezable::new(config, disk, resources.forked_disks.get(n), forks, family))
+            .map(|(disk, opened)| match known.iter().find(|known| known.is_of(&opened.disk)) {
+                Some(known) => Ok(Arc::clone(known)),
+                None => Freezable::new(disk, &opened.disk, opened.layers.as_ref(), &config.forks, family).map(Arc::new),
+            })
             .collect();
         let disks = Arc::new(disks?);
         self.freezable = Some(Arc::clone(&disks));
@@ -110,11 +116,13 @@ impl Supervisor {
     /// The pause: as short as can be.
     pub(super) fn fork_point(&mut self, request: PauseRequest) {
         let PauseRequest { pause, told } = request;
-        let _ = told.send(self.paused_for(&pause));
+        let _ = told.send(self.paused_for(pause));
     }
 
-    fn paused_for(&self, pause: &Pause) -> Result<Paused, ErrorBody> {
+    fn paused_for(&self, pause: Pause) -> Result<Paused, ErrorBody> {
         let gone = || ErrorBody::new(ErrorCode::ForkFailed, "the VM has ended or reset");
+        let config = serde_json::to_string(&self.inherited())
+            .map_err(|e| ErrorBody::internal(format!("the configuration cannot be written: {e}")))?;
         let machine = self.machine.as_ref().ok_or_else(gone)?;
         // A page server of a machine that has reset meanwhile watches nothing any more.
         if !self.shared.family.serves(&pause.serving) {
@@ -134,14 +142,17 @@ impl Supervisor {
             let sections = machine.save().map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
             stages.state_us = micros(from);
             let from = Instant::now();
-            let disks: Result<Vec<_>, _> = pause.disks.iter().map(Freezable::freeze).collect();
+            let disks: Result<Vec<_>, _> = pause.disks.iter().map(|disk| disk.freeze()).collect();
             let disks = disks?;
             stages.disks_us = micros(from);
             let from = Instant::now();
             let generation = pause.serving.server.freeze(pause.children.clone());
             let generation = generation.map_err(|e| ErrorBody::from_error(ErrorCode::ForkFailed, &e))?;
             stages.freeze_us = micros(from);
-            Ok((sections, disks, generation))
+            // What comes from now on is for the children too.
+            let feed = |(child, id, sink): (_, String, _)| machine.mirror(&id, sink).map(|mirrored| (child, mirrored));
+            let mirrors: Vec<_> = pause.mirrors.into_iter().filter_map(feed).collect();
+            Ok((sections, disks, generation, mirrors))
         })();
         let from = Instant::now();
         if running {
@@ -149,10 +160,31 @@ impl Supervisor {
         }
         stages.resume_us = micros(from);
         stages.pause_us = micros(start);
-        let (sections, disks, generation) = frozen.inspect_err(|_| self.shared.family.unpin())?;
+        let (sections, disks, generation, mirrors) = frozen.inspect_err(|_| self.shared.family.unpin())?;
         let status = self.shared.status();
         let run = status.run + status.running_since.map_or_else(Default::default, |since| since.elapsed());
-        Ok(Paused { sections, generation, disks, stages, boots: status.boots, run })
+        Ok(Paused { sections, config, generation, mirrors, disks, stages, boots: status.boots, run })
+    }
+
+    /// Has the vCPUs stand still for a moment, devices going on.
+    pub(super) fn stand_still(&self, StillRequest { stand, done }: StillRequest) {
+        let running = self.machine.as_ref().filter(|_| self.shared.status().state != VmState::Paused);
+        let go_on = running.map(Machine::hold_vcpus);
+        let _ = stand.send(());
+        // It ends in this process, whatever happens.
+        let _ = done.recv();
+        drop(go_on);
+    }
+
+    fn still(&self) -> impl Fn(&mut dyn FnMut()) + Send + Sync + 'static {
+        let sender = self.sender.clone();
+        move |work| {
+            let ((stand, stood), (_doing, done)) = (channel(), channel());
+            let _ = sender.send(Message::Still(StillRequest { stand, done }));
+            // A supervisor that has ended has no vCPUs any more.
+            let _ = stood.recv();
+            work();
+        }
     }
 
     /// From now on the present machine is what children are forked from.
@@ -167,8 +199,9 @@ impl Supervisor {
                 let ram = Ram::new(Arc::clone(&memory.ram)).map_err(|e| e.to_string())?;
                 (Some(Arc::new(ram)), memory.read_only().map_err(|e| e.to_string())?)
             };
-            let store_bytes = self.shared.config.forks.memory_bytes;
-            Ok(Origin { ram, read_only, keeper: memory.keeper(), store_bytes })
+            let store_bytes = self.shared.config().forks.memory_bytes;
+            let still = Box::new(self.still());
+            Ok(Origin { ram, read_only, keeper: memory.keeper(), store_bytes, still })
         })();
         match (origin, serde_json::to_string(&self.inherited())) {
             (Ok(origin), Ok(config)) => self.shared.family.set_origin(origin, config),
@@ -178,14 +211,14 @@ impl Supervisor {
     }
 
     /// What a child is configured as: with everything filled in that is this VM's own.
-    fn inherited(&self) -> civic_api::VmConfig {
-        let mut config = self.shared.config.clone();
+    pub(super) fn inherited(&self) -> civic_api::VmConfig {
+        let mut config = civic_api::VmConfig::clone(&self.shared.config());
         let macs: Vec<_> = config.nets.iter().map(|net| effective_mac(&config, net)).collect();
         for (net, mac) in config.nets.iter_mut().zip(macs) {
             net.mac = Some(mac);
         }
         for (disk, opened) in config.disks.iter_mut().zip(&self.resources.disks) {
-            disk.read_only = opened.read_only();
+            disk.read_only = opened.disk.read_only();
         }
         config
     }

@@ -130,7 +130,7 @@ fn dsdt_follows_the_configuration() {
     for name in [b"_S5_", b"PCI0", b"_OSC", b"MBRD", b"COM1", b"C000"] {
         assert!(contains(&plain, name));
     }
-    for name in [b"C001", b"VGEN", b"VCLK", b"_GPE"] {
+    for name in [b"C001", b"VGEN", b"VCLK", b"_GPE", b"HPRG", b"_EJ0"] {
         assert!(!contains(&plain, name));
     }
     let window = 0x40_0000_0000u64..0x60_0000_0000;
@@ -141,7 +141,7 @@ fn dsdt_follows_the_configuration() {
         com1: None,
         generation_id: Some(0x12_3456_7000),
         clock: Some(0xf_f000),
-        extra_aml: b"extra".to_vec(),
+        hotplug_slots: 1 << 3 | 1 << 31,
         ..Default::default()
     });
     assert!(contains(&rich, b"C00F"));
@@ -157,7 +157,11 @@ fn dsdt_follows_the_configuration() {
         let method = [&handler[..], b"\0\x86\\\x2e_SB_", device, b"\x0a\x80"].concat();
         assert!(contains(&rich, &method));
     }
-    assert!(rich.ends_with(b"extra"));
+    // Device (S03) { Name (_ADR, 0x00030000) … and no others.
+    assert!(contains(&rich, b"S03_\x08_ADR\x0c\0\0\x03\0") && contains(&rich, b"S1F_\x08_ADR\x0c\0\0\x1f\0"));
+    assert!((1..31).filter(|slot| *slot != 3).all(|slot| !contains(&rich, format!("S{slot:02X}_").as_bytes())));
+    // Method (_E01) { \_SB.PCI0.HPEV () }.
+    assert!(contains(&rich, b"_E01\0\\\x2f\x03_SB_PCI0HPEV"));
 }
 
 #[test]

@@ -220,6 +220,20 @@ impl Disk {
         }
     }
 
+    /// Has everything that was written be on the host's storage.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn sync(&self) -> io::Result<()> {
+        match &self.backend {
+            _ if self.read_only => Ok(()),
+            Backend::Raw(file) => file.sync_data(),
+            Backend::Image(image) => image.flush(),
+            // It goes with its VM.
+            Backend::Plugged(_) => Ok(()),
+        }
+    }
+
     /// Its size in bytes: a multiple of [`SECTOR`].
     #[expect(clippy::len_without_is_empty, reason = "no disk is empty")]
     pub fn len(&self) -> u64 {

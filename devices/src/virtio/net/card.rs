@@ -11,6 +11,7 @@ use tracing::warn;
 
 use super::super::OncePerReset;
 use super::link::{FrameLink, LinkSwitch, Offloads};
+use super::mirror::Mirror;
 use crate::counters::{Counter, Counters};
 
 /// The receiving side of one pair of queues.
@@ -31,6 +32,8 @@ pub struct Card {
     ways: Vec<Mutex<Way>>,
     /// The cable.
     pub switch: Arc<LinkSwitch>,
+    /// Outlives the driver's resets.
+    pub mirror: Arc<Mirror>,
     /// The feature bits of the guest's offloads that the driver asked for after negotiation.
     offloads: Mutex<Option<u64>>,
     pub counters: NetCounters,
@@ -39,9 +42,10 @@ pub struct Card {
 }
 
 impl Card {
-    pub fn new(name: String, links: Vec<Arc<dyn FrameLink>>) -> io::Result<Self> {
+    pub fn new(id: &str, links: Vec<Arc<dyn FrameLink>>) -> io::Result<Self> {
         Ok(Self {
-            name,
+            name: format!("net:{id}"),
+            mirror: Arc::new(Mirror::new(id, links.len())),
             ways: links.iter().map(|_| Mutex::default()).collect(),
             links,
             switch: Arc::new(LinkSwitch::new()?),
@@ -174,6 +178,8 @@ impl Counters for Card {
             ("tx_drops", of.tx_drops.get()),
             ("tx_delays", of.tx_delays.get()),
             ("errors", of.errors.get()),
+            ("mirror_frames", self.mirror.frames()),
+            ("mirror_drops", self.mirror.drops()),
         ]
     }
 }

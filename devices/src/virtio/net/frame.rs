@@ -146,11 +146,16 @@ impl<'a> Stock<'a> {
     /// The first `len` bytes, or all when there are fewer.
     pub fn read(&self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len.min(self.room)];
+        self.copy_to(&mut bytes);
+        bytes
+    }
+
+    /// Copies as many of the first bytes as `bytes` takes and there are.
+    pub fn copy_to(&self, bytes: &mut [u8]) {
         let mut done = 0;
         for part in &self.parts {
             done += part.copy_to(&mut bytes[done..]);
         }
-        bytes
     }
 
     /// How many buffers `len` bytes take.

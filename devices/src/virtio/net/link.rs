@@ -75,6 +75,11 @@ pub trait FrameLink: Send + Sync {
         None
     }
 
+    /// Whether there is a cable at all.
+    fn carrier(&self) -> bool {
+        true
+    }
+
     /// Has frames for the guest come this way too, or not. Idempotent; an only entrance may ignore it.
     ///
     /// # Errors

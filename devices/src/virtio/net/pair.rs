@@ -98,6 +98,8 @@ pub struct PairHandler {
     blocked: bool,
     /// How long the next frame is likely to be.
     expected: usize,
+    /// The mirror has frames of which its thread was not told.
+    mirrored: bool,
     /// Room for what of a frame exceeds the buffers taken for it.
     rest: Box<[u8]>,
 }
@@ -141,6 +143,7 @@ impl PairHandler {
             readable: true,
             blocked: false,
             expected: NET_HEADER,
+            mirrored: false,
             rest: vec![0; MAX_FRAME].into_boxed_slice(),
         }
     }
@@ -202,7 +205,7 @@ impl PairHandler {
         let turn = self.receive_turn(&ram, &mut stock, &mut way);
         // With any kick that a shortage needs already asked for: it has to come with the next buffer, not with one that is there.
         self.receive.put_back(stock.len() as u16);
-        self.receive.notify()?;
+        self.tell()?;
         if turn? == Turn::Over { self.receive.kick_self() } else { Ok(()) }
     }
 
@@ -225,10 +228,20 @@ impl PairHandler {
             (frames, bytes) = (frames + 1, bytes + len);
             if frames == TELL_FRAMES || bytes >= TELL_BYTES {
                 (frames, bytes) = (0, 0);
-                self.receive.notify()?;
+                self.tell()?;
             }
         }
         Ok(Turn::Over)
+    }
+
+    /// Tells the driver, and the mirror, of frames that came.
+    fn tell(&mut self) -> Result<(), Fault> {
+        let told = self.receive.notify();
+        if std::mem::take(&mut self.mirrored) {
+            self.card.mirror.wake(self.pair);
+        }
+        told?;
+        Ok(())
     }
 
     /// Receives one frame, and delivers or drops it; returns its length, or none when there is a reason to wait.
@@ -260,6 +273,9 @@ impl PairHandler {
             pace.passed(len - NET_HEADER);
         }
         self.expected = len.max(self.expected - self.expected / 8);
+        if self.card.mirror.is_fed() {
+            self.mirror(stock, len, direct);
+        }
         if direct < len {
             let rest = len - direct;
             match self.stock_up(ram, stock, len, true)? {
@@ -277,6 +293,16 @@ impl PairHandler {
         }
         self.deliver(stock, len)?;
         Ok(Some(len))
+    }
+
+    /// Copies a frame for the mirror: `direct` bytes from the stock, what is left of `len` from `rest`.
+    fn mirror(&mut self, stock: &Stock<'_>, len: usize, direct: usize) {
+        self.card.mirror.take(self.pair, len, |bytes| {
+            let (front, back) = bytes.split_at_mut(direct);
+            stock.copy_to(front);
+            back.copy_from_slice(&self.rest[..back.len()]);
+        });
+        self.mirrored = true;
     }
 
     fn deliver_held<'a>(

@@ -1,6 +1,7 @@
 mod bench;
 mod control;
 mod flow;
+mod mirror;
 mod real;
 mod saved;
 

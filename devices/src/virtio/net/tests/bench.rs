@@ -3,8 +3,13 @@
 //! `cargo test --release -p civic-devices -- --ignored --nocapture net::tests::bench`
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{JoinHandle, spawn};
+
+use nix::poll::{PollFd, PollFlags, poll};
 
 use super::*;
+use crate::mirror::MirrorLink;
 use crate::tap::Tap;
 use crate::tap::namespace::{await_open, in_fresh_namespace, make_tap, packet_socket};
 use crate::virtio::testing::ran;
@@ -56,42 +61,99 @@ fn report(what: &str, frames: u64, bytes: usize, nanos: u64) {
 #[ignore = "prints times"]
 fn receive() {
     for (payload, rounds) in [(6, 1000), (1460, 1000), (64_000, 1000)] {
-        in_fresh_namespace(|| {
-            let (mut net, mut driver, host) = device();
-            let (header, frame) = tcp_frame(payload);
-            let sent = [&header[..], &frame].concat();
-            // As many as the ring can take, all waiting when the thread begins: what a busy link is like.
-            let each = (NET_HEADER + frame.len()).div_ceil(1536);
-            let at_once = 250 / each;
-            let (mut used, mut nanos) = (0_u16, 0);
-            for _ in 0..rounds {
-                net.pause();
-                let before = ran("net:bench");
-                let queue = &mut driver.queues[0];
-                for _ in 0..at_once * each {
-                    queue.offer(&[Part::Room(1536)]);
-                }
-                queue.interrupt_after(used);
-                for _ in 0..at_once {
-                    assert_eq!(write(&host, &sent), Ok(sent.len()));
-                }
-                queue.kick();
-                net.resume();
-                for _ in 0..at_once * each {
-                    queue.await_used();
-                    used = used.wrapping_add(1);
-                }
-                net.pause();
-                nanos += ran("net:bench") - before;
-                net.resume();
-            }
-            let frames = (rounds * at_once) as u64;
-            report("receive ", frames, frame.len(), nanos);
-            let interrupts = driver.interrupts();
-            assert_eq!((count(&*net.counters(), "rx_frames"), count(&*net.counters(), "rx_drops")), (frames, 0));
-            eprintln!("         {:.3} interrupts a frame", interrupts as f64 / frames as f64);
+        receive_all("receive ", payload, rounds, |_| ());
+    }
+}
+
+/// What mirrors cost the pair's thread. No sink, one that is read from, one that is not.
+#[test]
+#[ignore = "prints times"]
+fn receive_mirrored() {
+    for payload in [6, 1446, 64_946] {
+        receive_all("no sink ", payload, 1000, |_| ());
+        receive_all("read    ", payload, 1000, |net| {
+            let (links, sink) = mirror::sink(1);
+            net.mirror().add(sink).unwrap();
+            Reader::of(links)
+        });
+        receive_all("not read", payload, 1000, |net| {
+            let (links, sink) = mirror::sink(1);
+            net.mirror().add(sink).unwrap();
+            links
         });
     }
+}
+
+/// A thread that reads what comes by a link, until it is dropped.
+struct Reader {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    fn of(links: Vec<MirrorLink>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = spawn(move || {
+            let mut frame = vec![0; MAX_FRAME];
+            while !stopped.load(Ordering::Relaxed) {
+                poll(&mut [PollFd::new(links[0].fd(), PollFlags::POLLIN)], 10_u8).unwrap();
+                while read(links[0].fd(), &mut frame).is_ok() {}
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// Receives `rounds` rings full of frames; `with` may connect more to the card.
+fn receive_all<T>(what: &str, payload: usize, rounds: usize, with: impl Fn(&Net) -> T + Send + Sync) {
+    in_fresh_namespace(|| {
+        let (mut net, mut driver, host) = device();
+        let _with = with(&net);
+        let (header, frame) = tcp_frame(payload);
+        let sent = [&header[..], &frame].concat();
+        // As many as the ring can take, all waiting when the thread begins: what a busy link is like.
+        let each = (NET_HEADER + frame.len()).div_ceil(1536);
+        let at_once = 250 / each;
+        let (mut used, mut nanos) = (0_u16, 0);
+        for _ in 0..rounds {
+            net.pause();
+            let before = ran("net:bench");
+            let queue = &mut driver.queues[0];
+            for _ in 0..at_once * each {
+                queue.offer(&[Part::Room(1536)]);
+            }
+            queue.interrupt_after(used);
+            for _ in 0..at_once {
+                assert_eq!(write(&host, &sent), Ok(sent.len()));
+            }
+            queue.kick();
+            net.resume();
+            for _ in 0..at_once * each {
+                queue.await_used();
+                used = used.wrapping_add(1);
+            }
+            net.pause();
+            nanos += ran("net:bench") - before;
+            net.resume();
+        }
+        let frames = (rounds * at_once) as u64;
+        report(what, frames, frame.len(), nanos);
+        let interrupts = driver.interrupts();
+        assert_eq!((count(&*net.counters(), "rx_frames"), count(&*net.counters(), "rx_drops")), (frames, 0));
+        eprintln!("         {:.3} interrupts a frame", interrupts as f64 / frames as f64);
+        let [copies, lost] = ["mirror_frames", "mirror_drops"].map(|name| count(&*net.counters(), name));
+        if copies + lost > 0 {
+            eprintln!("         mirrored: {copies} sent, {lost} lost");
+        }
+    });
 }
 
 #[test]

@@ -30,7 +30,7 @@ impl Setup {
         self.links.iter().map(|link| link.attached.lock().unwrap().unwrap()).collect()
     }
 
-    fn arrive_at(&self, pair: usize, body: &[u8]) {
+    pub(super) fn arrive_at(&self, pair: usize, body: &[u8]) {
         let frame = [&[0; NET_HEADER][..], body].concat();
         assert_eq!(write(&self.far[pair], &frame), Ok(frame.len()));
     }

@@ -7,7 +7,7 @@ use super::*;
 use crate::virtio::testing::Offered;
 
 /// Takes the buffers of one frame out of the used ring, which has all of them or none; returns the frame.
-fn take_frame(queue: &mut DriverQueue, offered: &mut VecDeque<Offered>) -> Option<Vec<u8>> {
+pub(super) fn take_frame(queue: &mut DriverQueue, offered: &mut VecDeque<Offered>) -> Option<Vec<u8>> {
     let mut take = |queue: &mut DriverQueue| {
         let (head, len) = queue.take_used()?;
         let chain = offered.pop_front().unwrap();
