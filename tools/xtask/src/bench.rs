@@ -4,6 +4,7 @@
 //!  cargo xtask bench ── set-up, release build ──► xtask bench-host      where guests run: here, or in the testbed
 //!                                                  ├── boot             process start to user space; the monitor's own memory
 //!                                                  ├── io               disks, network, vsock
+//!                                                  ├── hotplug          a device until the guest uses it, beside device_add
 //!                                                  └── fork             forks beside QEMU's background-snapshot
 //!                                   ├► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
 //!                                   └► tests/benches/fork --load       Debian under load, forked
@@ -23,6 +24,7 @@ mod facts;
 mod fio;
 mod fork;
 mod guest;
+mod hotplug;
 mod images;
 mod io;
 mod machine;
@@ -64,7 +66,9 @@ pub enum What {
     /// Forks: of bare-metal guests (pause, first instruction, many children, memory, writes of the source), beside QEMU's
     /// snapshots, and of Debian under load.
     Fork,
-    /// `boot` and `io`.
+    /// A device that is plugged in, until the guest uses it.
+    Hotplug,
+    /// `boot`, `io` and `hotplug`.
     All,
 }
 
@@ -93,7 +97,7 @@ pub struct Choice {
     /// `load`. May be given several times.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Rounds of each of `io`'s rows, and of forks beside QEMU's snapshots.
+    /// Rounds of each of `io`'s rows, of forks beside QEMU's snapshots, and of devices plugged in.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: Option<u16>,
     /// Seconds of each run of them.
@@ -249,6 +253,9 @@ pub fn host(args: &HostArgs) -> Result<bool> {
     }
     if matches!(args.what, What::Io | What::All) {
         io::run(&tools, &clock, args.quick, &args.choice, &mut report)?;
+    }
+    if matches!(args.what, What::Hotplug | What::All) {
+        hotplug::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;
     }
     if args.what == What::Fork {
         fork::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;

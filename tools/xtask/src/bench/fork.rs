@@ -12,8 +12,7 @@
 //! The pause is there twice: as each monitor tells it, Civic in the answer's stages (from asking the vCPUs to stop until they run) and
 //! QEMU by its two events (from when they have stopped, so that QEMU's is told a little too short); and as the host's kernel saw it.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -206,16 +205,7 @@ impl Civic<'_> {
 
     /// Asks the source's API.
     fn ask(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
-        let socket = self.tools.run_dir().join(self.source.name()).join("api.sock");
-        let mut stream = UnixStream::connect(&socket).context("cannot connect to the API's socket")?;
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let head = "Host: civic\r\nContent-Type: application/json\r\nConnection: close";
-        write!(stream, "{method} {path} HTTP/1.1\r\n{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-        ensure!(head.split(' ').nth(1).is_some_and(|status| status.starts_with('2')), "{method} {path}: {answer}");
-        if body.is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(body)?) }
+        self.source.ask(method, path, body)
     }
 
     /// Starts a monitor that waits.

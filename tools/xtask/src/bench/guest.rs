@@ -11,12 +11,14 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use super::machine::{Monitor, Spec, Tools};
 
@@ -121,14 +123,40 @@ impl<'a> Guest<'a> {
 
     /// Runs a line of shell in the guest; returns what it prints. Fails unless its status is 0.
     pub fn run(&mut self, command: &str, limit: Duration) -> Result<String> {
+        self.begin(command, limit)?;
+        Ok(self.end(command, limit)?.0)
+    }
+
+    /// Starts a line of shell in the guest.
+    pub fn begin(&mut self, command: &str, limit: Duration) -> Result<()> {
         self.step += 1;
         let n = self.step;
         self.stdin.write_all(format!("{n} {command}\n").as_bytes()).context("the monitor takes no input")?;
-        self.wait(&format!("CIVIC-BENCH-BEGIN {n}\r\n"), limit)?;
-        let (said, _) = self.wait(&format!("CIVIC-BENCH-END {n} "), limit).with_context(|| format!("in: {command}"))?;
+        self.wait(&format!("CIVIC-BENCH-BEGIN {n}\r\n"), limit).map(drop)
+    }
+
+    /// Waits for the end of the one that was begun last: what it printed, and when it ended. Fails unless its status is 0.
+    pub fn end(&mut self, command: &str, limit: Duration) -> Result<(String, Instant)> {
+        let n = self.step;
+        let (said, when) =
+            self.wait(&format!("CIVIC-BENCH-END {n} "), limit).with_context(|| format!("in: {command}"))?;
         let (status, _) = self.wait("\r\n", limit)?;
         ensure!(status == "0", "'{command}' ended with status {status}:\n{said}");
-        Ok(said.replace("\r\n", "\n"))
+        Ok((said.replace("\r\n", "\n"), when))
+    }
+
+    /// Asks the API of the monitor, which is Civic's.
+    pub fn ask(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
+        let socket = self.tools.run_dir().join(&self.name).join("api.sock");
+        let mut stream = UnixStream::connect(&socket).context("cannot connect to the API's socket")?;
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let head = "Host: civic\r\nContent-Type: application/json\r\nConnection: close";
+        write!(stream, "{method} {path} HTTP/1.1\r\n{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        ensure!(head.split(' ').nth(1).is_some_and(|status| status.starts_with('2')), "{method} {path}: {answer}");
+        if body.is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(body)?) }
     }
 
     /// The process that is the monitor.
