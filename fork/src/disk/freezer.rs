@@ -176,6 +176,11 @@ impl Freezer {
         needs
     }
 
+    #[cfg(test)]
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// What the store holds.
     pub fn usage(&self) -> Usage {
         let state = locked(&self.state);
@@ -197,6 +202,10 @@ impl Freezer {
             let _copying = locked(&self.copying[(cluster % COPIERS as u64) as usize]);
             if locked(&self.state).lacks(cluster) {
                 self.copy(cluster, &mut given_up);
+                // Whoever it was for may have ended meanwhile, and nobody else would give it back.
+                if locked(&self.state).live.is_empty() {
+                    self.give_space_back();
+                }
             }
         }
         for (id, why) in given_up {
@@ -272,12 +281,16 @@ impl Freezer {
 
     /// Ends a generation, and gives back its space.
     fn end(&self, id: GenerationId) {
-        let mut warm = {
-            let mut state = locked(&self.state);
-            state.give_up(|live| live.id == id, Lost::Ended);
-            self.tell_newest(&state);
-            state.slots.take_warm()
-        };
+        let mut state = locked(&self.state);
+        state.give_up(|live| live.id == id, Lost::Ended);
+        self.tell_newest(&state);
+        drop(state);
+        self.give_space_back();
+    }
+
+    /// Gives back what nobody uses.
+    fn give_space_back(&self) {
+        let mut warm = locked(&self.state).slots.take_warm();
         self.store.punch(&mut warm);
         locked(&self.state).slots.chill(warm);
     }
@@ -412,10 +425,5 @@ impl FrozenParts {
         let file = HostBytes::new(reopen_read_only(file)?);
         let len = file.size()?;
         Ok(Self { state: FrozenStateV1::File { len }, fds: vec![file.file().try_clone()?.into()] })
-    }
-
-    #[cfg(test)]
-    pub(super) fn store_of(generation: &Generation) -> &Store {
-        &generation.freezer.store
     }
 }

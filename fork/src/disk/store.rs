@@ -121,18 +121,38 @@ pub mod tests {
     use super::super::locked;
     use super::*;
 
+    type Meanwhile = Box<dyn FnOnce() + Send>;
+
     /// What a store's writes come to.
-    #[derive(Debug, Default)]
-    pub struct Faults(Mutex<Option<(u64, i32)>>);
+    #[derive(Default)]
+    pub struct Faults {
+        failing: Mutex<Option<(u64, i32)>>,
+        meanwhile: Mutex<Option<Meanwhile>>,
+    }
+
+    impl std::fmt::Debug for Faults {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("Faults").field("failing", &self.failing).finish_non_exhaustive()
+        }
+    }
 
     impl Faults {
         /// After so many more writes, all fail with this error, until told otherwise.
         pub fn set(&self, faults: Option<(u64, i32)>) {
-            *locked(&self.0) = faults;
+            *locked(&self.failing) = faults;
+        }
+
+        /// Happens while the next write is going on.
+        pub fn meanwhile(&self, what: impl FnOnce() + Send + 'static) {
+            *locked(&self.meanwhile) = Some(Box::new(what));
         }
 
         pub fn check(&self) -> io::Result<()> {
-            match &mut *locked(&self.0) {
+            let meanwhile = locked(&self.meanwhile).take();
+            if let Some(meanwhile) = meanwhile {
+                meanwhile();
+            }
+            match &mut *locked(&self.failing) {
                 None => Ok(()),
                 Some((0, errno)) => Err(io::Error::from_raw_os_error(*errno)),
                 Some((left, _)) => {

@@ -150,7 +150,7 @@ fn generations_share_what_is_stored() {
     for (generation, expected) in [(&first, [1, 1, 1]), (&second, [2, 2, 1]), (&third, [2, 2, 1])] {
         assert_eq!([0, 1, 5].map(|cluster| bytes(generation, cluster)), expected);
     }
-    let blocks = || FrozenParts::store_of(&first).reader().metadata().unwrap().blocks() * 512;
+    let blocks = || source.freezer.store().reader().metadata().unwrap().blocks() * 512;
     assert_eq!(blocks(), 4 * C);
     drop(second);
     assert_eq!(blocks(), 4 * C);
@@ -205,7 +205,7 @@ fn a_store_that_fails_costs_generations_and_no_write() {
         let source = Source::new(8 * C, 1 << 30);
         source.fill(1, 0..8);
         let generations: Vec<_> = (0..3).map(|_| source.freezer.freeze().unwrap()).collect();
-        let faults = &FrozenParts::store_of(&generations[0]).faults;
+        let faults = &source.freezer.store().faults;
         faults.set(Some((2, errno)));
         source.fill(2, 0..2);
         assert_eq!(source.told(), []);
@@ -218,6 +218,20 @@ fn a_store_that_fails_costs_generations_and_no_write() {
         let next = source.freezer.freeze().unwrap();
         source.fill(3, 0..8);
         assert!(all(&open(&next)).iter().all(|byte| *byte == 2));
+    }
+}
+
+#[test]
+fn what_is_stored_for_one_who_ends_meanwhile_is_given_back() {
+    for failing in [None, Some((0, libc::ENOSPC))] {
+        let source = Source::new(4 * C, 1 << 30);
+        source.fill(1, 0..4);
+        let (generation, store) = (source.freezer.freeze().unwrap(), source.freezer.store());
+        store.faults.set(failing);
+        store.faults.meanwhile(move || drop(generation));
+        source.fill(2, 0..1);
+        assert_eq!(source.freezer.usage(), Usage { generations: 0, stored: 0 });
+        assert_eq!(store.reader().metadata().unwrap().blocks(), 0);
     }
 }
 
