@@ -12,4 +12,5 @@
 
 pub mod image;
 pub mod program;
+pub mod virtio;
 pub mod vm;

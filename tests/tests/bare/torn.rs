@@ -2,8 +2,10 @@
 //!
 //! In a source that is what is lost or comes from a child; in a child, what is torn or comes from the source's future.
 
-use civic_tests::bare::program::{COM1, pvh};
+use civic_tests::bare::program::{Asm, COM1, pvh};
+use civic_tests::bare::virtio::{Direction, ask_disk, await_disk, start_disk};
 use civic_tests::bare::vm::{Setup, Vm};
+use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 /// Where the parts begin, and how long each is.
@@ -11,16 +13,43 @@ pub const PARTS: u32 = 4 << 20;
 pub const PART: u32 = 2 << 20;
 pub const CPUS: u8 = 4;
 
+/// What CPU 0 writes to its disk, and what it reads from there.
+const WRITTEN: u32 = 16 << 20;
+const READ: u32 = 17 << 20;
+/// The disk has so many places, each of these many bytes, and is written in turns.
+const PLACES: u32 = 16;
+const PLACE: u32 = 16 << 10;
+
 /// Prints a CPU's number whenever it has been through its part, and `bad=` when it found something else than it wrote.
 pub fn counting() -> Vec<u8> {
+    program(false)
+}
+
+/// The same; and the first CPU writes its number to its disk, goes on while that is under way, and finds there what it wrote: the
+/// last time, and some time before.
+pub fn counting_on_a_disk() -> Vec<u8> {
+    program(true)
+}
+
+fn program(disk: bool) -> Vec<u8> {
     pvh(|asm| {
         let (mut all, mut round, mut page, mut wrong) =
             (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
         asm.start_others(all)?;
         asm.xor(ebx, ebx)?;
+        if disk {
+            start_disk(asm)?;
+        }
         asm.set_label(&mut all)?;
         asm.xor(ebp, ebp)?;
         asm.set_label(&mut round)?;
+        if disk {
+            let mut others = asm.create_label();
+            asm.test(ebx, ebx)?;
+            asm.jne(others)?;
+            count_on_disk(asm)?;
+            asm.set_label(&mut others)?;
+        }
         asm.mov(edi, ebx)?;
         asm.imul_3(edi, edi, PART as i32)?;
         asm.add(edi, PARTS as i32)?;
@@ -44,16 +73,73 @@ pub fn counting() -> Vec<u8> {
         asm.out(dx, al)?;
         asm.jmp(round)?;
         asm.set_label(&mut wrong)?;
-        asm.mov(eax, dword_ptr(edi))?;
-        asm.print_value("bad")?;
-        asm.mov(eax, dword_ptr(edi + 0x7f8))?;
-        asm.print_value("and")?;
-        asm.mov(eax, ebp)?;
-        asm.print_value("for")?;
-        asm.mov(eax, edi)?;
-        asm.print_value("at")?;
-        asm.spin()
+        tell(asm, "bad", 0x7f8)
     })
+}
+
+/// Prints what is at EDI and `behind` it in place of EBP, and does nothing more.
+fn tell(asm: &mut Asm, what: &str, behind: i32) -> Result<(), IcedError> {
+    asm.mov(ebx, edi)?;
+    asm.mov(eax, dword_ptr(ebx))?;
+    asm.print_value(what)?;
+    asm.mov(eax, dword_ptr(ebx + behind))?;
+    asm.print_value("and")?;
+    asm.mov(eax, ebp)?;
+    asm.print_value("for")?;
+    asm.mov(eax, ebx)?;
+    asm.print_value("at")?;
+    asm.spin()
+}
+
+/// A round of the disk: EBP is the number that was written last, at its place modulo [`PLACES`].
+fn count_on_disk(asm: &mut Asm) -> Result<(), IcedError> {
+    let (mut wrong, mut young, mut fine) = (asm.create_label(), asm.create_label(), asm.create_label());
+    let done = |asm: &mut Asm| {
+        await_disk(asm)?;
+        asm.test(al, al)?;
+        asm.jne(wrong)
+    };
+    // EAX := the first sector of the number's place.
+    let place = |asm: &mut Asm| {
+        asm.and(eax, PLACES as i32 - 1)?;
+        asm.imul_3(eax, eax, (PLACE / 512) as i32)
+    };
+    let finds = |asm: &mut Asm, before: i32| {
+        asm.lea(eax, ebp - before)?;
+        place(asm)?;
+        ask_disk(asm, Direction::Read, READ, PLACE)?;
+        done(asm)?;
+        asm.lea(eax, ebp - before)?;
+        asm.mov(edi, READ)?;
+        asm.mov(ecx, PLACE / 4)?;
+        asm.repe().scasd()?;
+        asm.jne(wrong)
+    };
+    let mut nothing_yet = asm.create_label();
+    asm.cld()?;
+    asm.test(ebp, ebp)?;
+    asm.je(nothing_yet)?;
+    done(asm)?;
+    asm.set_label(&mut nothing_yet)?;
+    finds(asm, 0)?;
+    asm.cmp(ebp, PLACES as i32)?;
+    asm.jb(young)?;
+    finds(asm, PLACES as i32 - 3)?;
+    asm.set_label(&mut young)?;
+    asm.lea(eax, ebp + 1)?;
+    asm.mov(edi, WRITTEN)?;
+    asm.mov(ecx, PLACE / 4)?;
+    asm.rep().stosd()?;
+    asm.lea(eax, ebp + 1)?;
+    place(asm)?;
+    ask_disk(asm, Direction::Write, WRITTEN, PLACE)?;
+    asm.jmp(fine)?;
+    asm.set_label(&mut wrong)?;
+    // SCAS is by then behind it.
+    asm.sub(edi, 4)?;
+    tell(asm, "bad disk", 4)?;
+    asm.set_label(&mut fine)?;
+    asm.nop()
 }
 
 /// Waits until every CPU has been through its part so many times more.
@@ -85,7 +171,7 @@ pub fn live_for_a_while(source: &mut Vm, child: &mut Vm) {
 #[test]
 fn source_and_children_find_what_they_wrote() {
     let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
-    let mut setup = Setup::new(&counting()).cpus(CPUS);
+    let mut setup = Setup::new(&counting_on_a_disk()).cpus(CPUS).disk("root", (PLACES * PLACE).into());
     // Each child keeps its own of what all CPUs overwrite.
     setup.config.forks.memory_bytes = Some(256 << 20);
     let mut source = setup.boot();

@@ -1,43 +1,28 @@
-//! A minimal driver for the entropy device: set-up, requests, MSI-X, and a BAR that the guest moves.
+//! A minimal driver for the entropy device: set-up, requests, MSI-X, and a BAR that the guest moves. Without disks and network cards
+//! that is in the first slot.
 
-use civic_tests::bare::program::{Asm, DATA, ECAM, LAPIC, TABLES, linux64};
+use civic_tests::bare::program::{Asm, DATA, LAPIC, TABLES, linux64};
+use civic_tests::bare::virtio::{
+    AVAILABLE, DESCRIPTORS, FIRST_BAR as FIRST_BASE, FIRST_FUNCTION as FUNCTION, NOTIFY, USED, common, place_queue,
+};
 use civic_tests::bare::vm::Setup;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 const VECTOR: u8 = 0x50;
 const COUNT: u32 = DATA;
-/// Without disks and network cards, entropy is in the first slot.
-const FUNCTION: u32 = ECAM + (1 << 15);
 /// Where the function's MSI-X capability is: the first of all.
 const MSIX_CONTROL: u32 = FUNCTION + 0x40;
 
-const DESCRIPTORS: u32 = TABLES;
-const AVAILABLE: u32 = TABLES + 0x1000;
-const USED: u32 = TABLES + 0x2000;
 const BUFFER: u32 = TABLES + 0x3000;
 const LEN: u32 = 64;
 
-/// The BAR of the first slot, at the start: the second of its size in the window for BARs.
-const FIRST_BASE: u32 = 0xc000_8000;
 const SECOND_BASE: u32 = 0xd123_8000;
 /// In the window above 4 GiB, which guests with 39 address bits reach.
 const HIGH_BASE: u64 = 0x41_2345_8000;
 const ISR: u32 = 0x1000;
-const NOTIFY: u32 = 0x3000;
 const MSIX_TABLE: u32 = 0x4000;
 const MSIX_PENDING: u32 = 0x5000;
-
-/// Common configuration fields by width in bytes.
-fn common(asm: &mut Asm, base: u32, field: u32, width: u32, value: u32) -> Result<(), IcedError> {
-    asm.mov(edx, base + field)?;
-    asm.mov(eax, value)?;
-    match width {
-        1 => asm.mov(byte_ptr(edx), al),
-        2 => asm.mov(word_ptr(edx), ax),
-        _ => asm.mov(dword_ptr(edx), eax),
-    }
-}
 
 /// Prints a byte of the BAR.
 fn show_byte(asm: &mut Asm, name: &str, address: u32) -> Result<(), IcedError> {
@@ -120,12 +105,7 @@ fn driver() -> Vec<u8> {
         common(asm, base, 0x14, 1, 11)?;
         show_byte(asm, "agreed", base + 0x14)?;
 
-        common(asm, base, 0x16, 2, 0)?;
-        common(asm, base, 0x18, 2, 8)?;
-        for (field, ring) in [(0x20, DESCRIPTORS), (0x28, AVAILABLE), (0x30, USED)] {
-            common(asm, base, field, 4, ring)?;
-            common(asm, base, field + 4, 4, 0)?;
-        }
+        place_queue(asm, base, 8)?;
         asm.poke(DESCRIPTORS, BUFFER)?;
         asm.poke(DESCRIPTORS + 8, LEN)?;
         asm.poke(DESCRIPTORS + 12, 2)?; // The device writes.
