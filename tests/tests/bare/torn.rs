@@ -160,6 +160,10 @@ pub fn rounds(vm: &mut Vm, more: usize) {
 
 /// Sees that the child has been through all its memory since it was last looked at, and ends it.
 fn end(source: &mut Vm, mut child: Vm) {
+    if child.api(|client| async move { client.info().await }).is_err() {
+        // Why, is in the source's log.
+        source.fail(&format!("a child has ended:\n{}", child.log()));
+    }
     rounds(&mut child, 2);
     child.kill();
     assert!(child.ended().success());
