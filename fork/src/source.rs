@@ -14,7 +14,10 @@
 //! kernel would let whoever waits go on, and a page that had just been punched out would be lost.
 //!
 //! What the source waits for at most, if its page server stops: [`PULSE`] twice, [`PATIENCE`], [`LAST_WORDS`], and the deaths: less than a
-//! second. A host that is so slow that a page server which is well does not get to run in that time needs more patience.
+//! second. Time in which the watchdog itself did not get to run does not count ([`standstill`]). A host that is so slow that a page server
+//! which is well still does not show that in time needs more patience.
+
+mod standstill;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -37,6 +40,8 @@ use crate::pager::{Armed, ChildId, FEATURES, GenerationId, Notice, Report};
 use crate::ram::{PAGE, Ram};
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
+
+use self::standstill::Standstill;
 
 /// How often the watchdog looks.
 const PULSE: Duration = Duration::from_millis(100);
@@ -467,7 +472,7 @@ impl<F: FnMut(Event)> Watchdog<F> {
 
     /// Passes on what the page server says, until it is not well. Returns why.
     fn watch(&mut self) -> String {
-        let mut checked = Instant::now();
+        let mut standstill = Standstill::new(Instant::now());
         let mut pulse = self.saved.journal.pulse();
         let mut asked = false;
         loop {
@@ -497,17 +502,19 @@ impl<F: FnMut(Event)> Watchdog<F> {
                 Err(WireError::Closed) => return "its process has ended".into(),
                 Err(e) => return e.to_string(),
             }
-            if checked.elapsed() < PULSE {
+            let now = Instant::now();
+            if standstill.since(now) < PULSE {
                 continue;
             }
-            let now = self.saved.journal.pulse();
-            if asked && now == pulse {
-                if checked.elapsed() > self.patience {
-                    return format!("it has done nothing for {:?}", checked.elapsed());
+            let last = std::mem::replace(&mut pulse, self.saved.journal.pulse());
+            if asked && pulse == last {
+                let known = standstill.still(now);
+                if known > self.patience {
+                    return format!("it has done nothing for {known:?}");
                 }
                 continue;
             }
-            (checked, pulse) = (Instant::now(), now);
+            standstill = Standstill::new(now);
             asked = self.shared.inner().is_watched();
             if asked && self.shared.wire.send(&Request::Ping, &[]).is_err() {
                 return "its process has ended".into();
