@@ -22,16 +22,16 @@ const PLACE: u32 = 16 << 10;
 
 /// Prints a CPU's number whenever it has been through its part, and `bad=` when it found something else than it wrote.
 pub fn counting() -> Vec<u8> {
-    program(false)
+    program(1, false)
 }
 
-/// The same; and the first CPU writes its number to its disk, goes on while that is under way, and finds there what it wrote: the
-/// last time, and some time before.
+/// The same in every fourth page, so that many forks can be made; and the first CPU writes its number to its disk, goes on while that is
+/// under way, and finds there what it wrote: the last time, and some time before.
 pub fn counting_on_a_disk() -> Vec<u8> {
-    program(true)
+    program(4, true)
 }
 
-fn program(disk: bool) -> Vec<u8> {
+fn program(stride: u32, disk: bool) -> Vec<u8> {
     pvh(|asm| {
         let (mut all, mut round, mut page, mut wrong) =
             (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
@@ -53,7 +53,7 @@ fn program(disk: bool) -> Vec<u8> {
         asm.mov(edi, ebx)?;
         asm.imul_3(edi, edi, PART as i32)?;
         asm.add(edi, PARTS as i32)?;
-        asm.mov(ecx, PART / 4096)?;
+        asm.mov(ecx, PART / 4096 / stride)?;
         asm.set_label(&mut page)?;
         // One word is read before it is written, one is written at once: a child's first touch is either.
         asm.lea(eax, ebp + 1)?;
@@ -63,7 +63,7 @@ fn program(disk: bool) -> Vec<u8> {
             asm.jne(wrong)?;
             asm.mov(dword_ptr(edi + at), eax)?;
         }
-        asm.add(edi, 4096)?;
+        asm.add(edi, 4096 * stride as i32)?;
         asm.dec(ecx)?;
         asm.jne(page)?;
         asm.inc(ebp)?;
