@@ -1,4 +1,4 @@
-//! How long the page server's thread wants a processor at a time: briefly, and soon.
+//! How the page server's thread wants a processor: briefly at a time, and soon.
 //!
 //! Whom it lets through would otherwise take the processor from it at once, before it has gone to sleep. It is then neither asleep, so that the
 //! next vCPU that waits for it could wake it on an idle processor, nor running: it waits behind the first, which computes on until it has to

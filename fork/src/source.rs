@@ -170,10 +170,29 @@ impl Process {
         children.values().any(|child| child.user() == Some(user)).then_some(process)
     }
 
+    fn pid(&self) -> Option<u32> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
+    }
+
+    /// What its threads are doing, as proc(5) has it: state, and where in the kernel they wait.
+    fn doing(&self) -> String {
+        let Some(tasks) = self.pid().and_then(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).ok()) else {
+            return "has ended".into();
+        };
+        let task = |task: std::path::PathBuf| {
+            let stat = std::fs::read_to_string(task.join("stat")).ok()?;
+            let state = stat.rsplit(')').next()?.split_whitespace().next()?.to_owned();
+            let place = std::fs::read_to_string(task.join("wchan")).unwrap_or_default();
+            Some(if matches!(place.as_str(), "" | "0") { state } else { format!("{state} in {place}") })
+        };
+        let tasks = tasks.filter_map(|entry| task(entry.ok()?.path()));
+        tasks.collect::<Vec<_>>().join(", ")
+    }
+
     /// Whose it is; none if it has ended.
     fn user(&self) -> Option<u32> {
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
-        let pid: u32 = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        let pid = self.pid()?;
         let user = std::fs::metadata(format!("/proc/{pid}")).ok()?.uid();
         // Only now its number was not another's.
         (!self.ends_by(Instant::now())).then_some(user)
@@ -510,7 +529,7 @@ impl<F: FnMut(Event)> Watchdog<F> {
             if asked && pulse == last {
                 let known = standstill.still(now);
                 if known > self.patience {
-                    return format!("it has done nothing for {known:?}");
+                    return format!("it has done nothing for {known:?} (its threads: {})", self.shared.process.doing());
                 }
                 continue;
             }

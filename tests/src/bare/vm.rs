@@ -356,6 +356,15 @@ impl Waiting {
     }
 }
 
+impl Drop for Vm {
+    /// A test that has failed may have done so because of another VM than the one that it tells of.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- log of '{}'\n{}", self.setup.config.name, read(&self.log));
+        }
+    }
+}
+
 struct Console {
     received: Arc<Received>,
     input: mpsc::UnboundedSender<Vec<u8>>,
