@@ -188,13 +188,7 @@ impl Apt {
 
 /// Installs what of `packages` is missing on this machine: as root, or by way of `sudo`.
 pub fn install(packages: &[&str]) -> Result<()> {
-    let known =
-        Command::new("dpkg-query").args(["-W", "-f", "${Package} ${db:Status-Abbrev}\n"]).args(packages).output();
-    let known = known.context("cannot run dpkg-query: is this Debian or a relative?")?;
-    let known = String::from_utf8_lossy(&known.stdout).into_owned();
-    let there =
-        |p: &&str| known.lines().any(|l| l.split_once(' ').is_some_and(|(n, s)| n == *p && s.starts_with("ii")));
-    let missing: Vec<_> = packages.iter().filter(|p| !there(p)).copied().collect();
+    let missing = missing(packages)?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -218,7 +212,24 @@ pub fn install(packages: &[&str]) -> Result<()> {
         let out = c.stdin(Stdio::null()).output()?;
         ensure!(out.status.success(), "apt-get {} failed:\n{}", args[0], String::from_utf8_lossy(&out.stderr));
     }
-    Ok(())
+    // What was there from another release may have had to go for it.
+    let removed = self::missing(packages)?;
+    ensure!(
+        removed.iter().all(|package| !missing.contains(package)),
+        "apt-get has not installed {}",
+        removed.join(" ")
+    );
+    install(&removed)
+}
+
+fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
+    let known =
+        Command::new("dpkg-query").args(["-W", "-f", "${Package} ${db:Status-Abbrev}\n"]).args(packages).output();
+    let known = known.context("cannot run dpkg-query: is this Debian or a relative?")?;
+    let known = String::from_utf8_lossy(&known.stdout).into_owned();
+    let there =
+        |p: &&str| known.lines().any(|l| l.split_once(' ').is_some_and(|(n, s)| n == *p && s.starts_with("ii")));
+    Ok(packages.iter().filter(|p| !there(p)).copied().collect())
 }
 
 #[cfg(test)]
