@@ -99,11 +99,19 @@ impl Section for VcpuStateV1 {
     const VERSION: u16 = 1;
 }
 
+/// CPUID leaf, and its bit in ECX that says that there is SVM (AMD APM 3, appendix E).
+const EXTENDED_FEATURES: u32 = 0x8000_0001;
+const SVM: u32 = 1 << 2;
+/// Of a task state segment's type.
+const BUSY: u8 = 2;
+
 /// What is common to saving and restoring all vCPUs of a machine.
 #[derive(Clone, Debug)]
 pub struct VcpuShape {
     msrs: Vec<u32>,
     xsave_bytes: usize,
+    /// The processor's virtualisation is AMD's.
+    svm: bool,
 }
 
 impl VcpuShape {
@@ -114,7 +122,8 @@ impl VcpuShape {
     pub fn new(kvm: &Kvm, xsave2: i32) -> Result<Self, VcpuStateError> {
         let listed = kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
         let xsave_bytes = usize::try_from(xsave2).unwrap_or(0).clamp(XSAVE_BYTES, MAX_XSAVE_BYTES);
-        Ok(Self { msrs: msr::saved_msrs(listed.as_slice()), xsave_bytes })
+        let svm = std::arch::x86_64::__cpuid(EXTENDED_FEATURES).ecx & SVM != 0;
+        Ok(Self { msrs: msr::saved_msrs(listed.as_slice()), xsave_bytes, svm })
     }
 
     /// The capability that [`VcpuShape::new`] wants to know the value of.
@@ -165,7 +174,7 @@ impl VcpuShape {
         }
         fd.set_mp_state(state.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(failed("KVM_SET_REGS"))?;
-        fd.set_sregs(&state.sregs).map_err(failed("KVM_SET_SREGS"))?;
+        fd.set_sregs(&self.special(&state.sregs)).map_err(failed("KVM_SET_SREGS"))?;
         xsave::set(fd, &state.xsave, self.xsave_bytes)?;
         fd.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
         fd.set_debug_regs(&state.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
@@ -179,6 +188,19 @@ impl VcpuShape {
             }
         }
         fd.set_vcpu_events(&state.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+}
+
+impl VcpuShape {
+    /// Special registers as this processor keeps them. Intel's wants the task state segment busy; AMD's does not mark it so, where KVM adds
+    /// the mark when it is asked (`svm_get_segment`): given back to a processor that QEMU emulates, the guest's programs would have no
+    /// I/O port whatever their permissions.
+    fn special(&self, saved: &kvm_sregs) -> kvm_sregs {
+        let mut sregs = *saved;
+        if self.svm {
+            sregs.tr.type_ &= !BUSY;
+        }
+        sregs
     }
 }
 
