@@ -14,6 +14,7 @@ use civic_api::{ErrorBody, ErrorCode, SaveReport, VmConfig, VmInfo, VmState};
 use civic_devices::console_hub::ConsoleHub;
 use civic_vmm::control::{Answer, Command, Control, Request, View};
 use civic_vmm::fork::family::Sharing;
+use civic_vmm::programs::Session;
 use civic_vmm::server::{ServerHandle, openapi, spawn};
 
 use crate::host::{hub, scratch};
@@ -164,6 +165,10 @@ impl View for Machine {
     }
 
     fn ask_balloon(&self) {}
+
+    fn program(&self, _: u64) -> Option<Arc<Session>> {
+        None
+    }
 
     fn console(&self, port: &str) -> Option<Arc<ConsoleHub>> {
         (port == "serial").then(hub)

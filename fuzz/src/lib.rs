@@ -8,6 +8,7 @@
 //! A finding becomes a regression test of the crate that it was in, and its input a file in `findings/TARGET/`.
 
 pub mod api;
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod kernel;
@@ -31,12 +32,14 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [API, CONFIG, IMAGE, KERNEL, PCI, PORTS, QCOW2, STATE, VIRTIO];
+pub const TARGETS: [Target; 10] = [API, CONFIG, GUEST, IMAGE, KERNEL, PCI, PORTS, QCOW2, STATE, VIRTIO];
 
 /// [`api`]: requests.
 pub const API: Target = Target { name: "api", run: api::run, seeds: api::seeds };
 /// [`api`]: configurations.
 pub const CONFIG: Target = Target { name: "config", run: api::run_config, seeds: api::seeds_config };
+/// [`guest`].
+pub const GUEST: Target = Target { name: "guest", run: guest::run, seeds: guest::seeds };
 /// [`image`].
 pub const IMAGE: Target = Target { name: "image", run: image::run, seeds: image::seeds };
 /// [`kernel`].

@@ -110,23 +110,25 @@ pub fn run(args: &Args) -> Result<bool> {
     }
     let targets = [
         ("bare", Part::Bare, choose(args, Place::for_bare)),
+        ("kernels", Part::Guests, (Place::Here, "nothing runs")),
         ("guests", Part::Guests, choose(args, Place::for_guests)),
     ];
     let wanted: Vec<_> = targets.into_iter().filter(|(_, part, _)| args.wants(*part)).collect();
     if !wanted.is_empty()
         && step("release build", &mut || cargo(&["build", "--quiet", "--release", "--workspace", "--bins"], &[]))
     {
-        for (target, part, (place, why)) in wanted {
+        for (target, _, (place, why)) in wanted {
             let at = if place == Place::Here { "on this machine" } else { "in the testbed" };
             let mut tests = tests.clone();
-            if part == Part::Guests {
+            let guests = target == "guests";
+            if guests {
                 tests.push(GUESTS_AT_A_TIME.to_owned());
             }
             step(&format!("{target} {at}: {why}"), &mut || {
                 ensure!(!args.kvm || Place::for_guests().0 == Place::Here, "--kvm, but {}", Place::for_guests().1);
                 let program = test_program(target)?;
                 let timeout = if args.long { TIMEOUT_LONG } else { TIMEOUT };
-                Job { program: &program, args: &tests, root_image: part == Part::Guests, timeout }.run(place)
+                Job { program: &program, args: &tests, root_image: guests, timeout }.run(place)
             });
         }
     }
