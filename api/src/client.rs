@@ -19,8 +19,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::{
-    BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, NewDevice, PluggedDevice, SaveReport, SaveRequest,
-    VmInfo, routes,
+    BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, GuestKernel, NewDevice, PluggedDevice,
+    ProgramRequest, SaveReport, SaveRequest, StartedProgram, VmInfo, routes,
 };
 
 /// How long a monitor may take to answer. Longer than the monitor's own limits, whose errors say more.
@@ -28,7 +28,7 @@ pub const REPLY_TIMEOUT: Duration = Duration::from_secs(45);
 /// Largest answer read, in bytes.
 const MAX_REPLY_BYTES: usize = 16 << 20;
 
-/// A console's bytes, both ways. Shut down its writing half to end the input and go on reading.
+/// A console's or program's bytes, both ways. Shut down its writing half to end the input and go on reading.
 pub type ConsoleStream = TokioIo<Upgraded>;
 
 /// Why a request got no result.
@@ -86,6 +86,12 @@ impl Client {
     /// The VM as it is now.
     pub async fn info(&self) -> Result<VmInfo, ClientError> {
         let body = self.fetch(Method::GET, routes::INFO).await?;
+        serde_json::from_slice(&body).map_err(|error| ClientError::Protocol(error.to_string()))
+    }
+
+    /// What the VM's guest runs, found in its memory. Takes as long as reading some 64 MiB of it.
+    pub async fn guest(&self) -> Result<GuestKernel, ClientError> {
+        let body = self.fetch(Method::GET, routes::GUEST).await?;
         serde_json::from_slice(&body).map_err(|error| ClientError::Protocol(error.to_string()))
     }
 
@@ -194,9 +200,21 @@ impl Client {
         if !is_word(port) {
             return Err(ClientError::Protocol(format!("'{port}' is no name of a console port")));
         }
-        let request = Request::get(format!("{}?port={port}", routes::CONSOLE))
-            .header(CONNECTION, "upgrade")
-            .header(UPGRADE, routes::CONSOLE_PROTOCOL);
+        self.upgraded(&format!("{}?port={port}", routes::CONSOLE), routes::CONSOLE_PROTOCOL).await
+    }
+
+    /// Has a program started in the VM, which is a fork. Takes as long as the request says.
+    pub async fn start_program(&self, request: &ProgramRequest) -> Result<StartedProgram, ClientError> {
+        self.post_patiently(routes::PROGRAMS, request).await
+    }
+
+    /// Attaches to a program: the stream has frames of `civic-loader`'s protocol.
+    pub async fn program(&self, id: u64) -> Result<ConsoleStream, ClientError> {
+        self.upgraded(&routes::PROGRAM.replace("{id}", &id.to_string()), routes::PROGRAM_PROTOCOL).await
+    }
+
+    async fn upgraded(&self, route: &str, protocol: &str) -> Result<ConsoleStream, ClientError> {
+        let request = Request::get(route).header(CONNECTION, "upgrade").header(UPGRADE, protocol);
         in_time(async {
             let response = self.send(request).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {

@@ -34,6 +34,8 @@ pub enum ErrorCode {
     SaveFailed,
     /// The VM cannot be forked: its page server, a child or a device is in the way.
     ForkFailed,
+    /// The guest's kernel is not found, or is not one that this can be done to.
+    GuestUnusable,
     /// The tap interface does not exist, is taken, or may not be used.
     TapUnavailable,
     /// A unix socket cannot be made where it should: the path is taken, too long, or may not be written.
@@ -72,6 +74,7 @@ impl ErrorCode {
             | Self::StateInvalid
             | Self::SaveFailed
             | Self::ForkFailed
+            | Self::GuestUnusable
             | Self::SocketUnavailable
             | Self::TapUnavailable => 422,
             Self::Internal => 500,

@@ -17,9 +17,11 @@ mod device;
 pub mod doctor;
 mod error;
 mod fork;
+mod guest;
 mod info;
 pub mod launch;
 mod mac;
+mod program;
 pub mod routes;
 mod save;
 mod size;
@@ -36,7 +38,14 @@ pub use error::{ErrorBody, ErrorCode};
 pub use fork::{
     ChildVm, FORK_SOCKET_FILE, FailedVm, Family, ForkReport, ForkRequest, ForkStages, ForkedVm, MAX_CHILDREN, Parent,
 };
+pub use guest::{
+    Finding, GuestChecksums, GuestImage, GuestKernel, GuestSymbols, GuestTypes, PerCpuSymbols, SymbolAddresses,
+};
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};
 pub use mac::{MacAddr, MacAddrError};
+pub use program::{
+    Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, PROGRAM_WAIT_MS, ProgramRequest, ProgramRoot, StartedProgram,
+    TerminalSize,
+};
 pub use save::{AfterSave, SaveProgress, SaveReport, SaveRequest};
 pub use size::{ByteSize, ByteSizeError};

@@ -26,6 +26,15 @@ pub const NETS: &str = "/v1/devices/nets";
 pub const CONSOLES: &str = "/v1/devices/consoles";
 /// `GET`: [`crate::DeviceInfo`]. `DELETE`: remove a disk, network card or console.
 pub const DEVICE: &str = "/v1/devices/{id}";
+/// `GET`: [`crate::GuestKernel`].
+pub const GUEST: &str = "/v1/guest";
+/// `POST` a [`crate::ProgramRequest`]: start a program in a fork. Answers with a [`crate::StartedProgram`] when its loader runs.
+pub const PROGRAMS: &str = "/v1/programs";
+/// `GET` with `Upgrade: civic-program`: after `101 Switching Protocols` the connection carries the frames of `civic-loader`'s protocol, from the
+/// guest and to it.
+pub const PROGRAM: &str = "/v1/programs/{id}";
+/// Name of the programs' protocol in `Upgrade`.
+pub const PROGRAM_PROTOCOL: &str = "civic-program";
 /// `GET`: Prometheus text.
 pub const METRICS: &str = "/v1/metrics";
 /// `GET`: the OpenAPI document.

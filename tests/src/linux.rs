@@ -10,13 +10,13 @@ use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use civic_api::{ForkReport, VmInfo, routes};
+use civic_api::{ForkReport, GuestKernel, VmInfo, routes};
 
 /// How long a guest may take to boot: an emulated host is slow, and slower when something else keeps its cores busy.
 pub const BOOT: Duration = Duration::from_secs(420);
@@ -380,6 +380,25 @@ impl Vm {
         ensure!(after.boots == before.boots, "{} boots before, {} after", before.boots, after.boots);
         ensure!(self.sh("echo here")? == "here", "the shell does not answer");
         Ok(())
+    }
+
+    /// Runs a program in the guest from outside, with these options of `civic exec` and this input.
+    pub fn exec(&self, options: &[&str], program: &[&str], input: &[u8]) -> Result<Output> {
+        let mut command = civic(self.run_dir.path())?;
+        command.arg("exec").args(options).arg(&self.name).arg("--").args(program);
+        let mut running = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut stdin = running.stdin.take().context("its input is a pipe")?;
+        let input = input.to_vec();
+        // A program need not read it.
+        let written = std::thread::spawn(move || drop(stdin.write_all(&input)));
+        let out = running.wait_with_output()?;
+        let _ = written.join();
+        Ok(out)
+    }
+
+    /// What is found out about the guest's kernel from outside.
+    pub fn guest(&self) -> Result<GuestKernel> {
+        Ok(serde_json::from_str(&self.civic(&["info", "--guest", "--json"])?)?)
     }
 
     /// Forks the guest: the child, whose shell is where this one's is, and what `civic fork` told.

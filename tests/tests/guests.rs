@@ -6,6 +6,8 @@
 
 #[path = "guests/forked.rs"]
 mod forked;
+#[path = "guests/injected.rs"]
+mod injected;
 #[path = "guests/limits.rs"]
 mod limits;
 #[path = "guests/loaded.rs"]
@@ -103,6 +105,17 @@ fn main() {
             trials.push(trial(name("often"), move || plugged::tiny(often.clone(), 200)).with_ignored_flag(true));
         }
     }
+    for kernel in KERNELS {
+        for cpus in [1, 4] {
+            let spec = Spec { image: Image::BzImage, kernel, ..tiny("256M", cpus, &[]) };
+            let name = |kind: &str| format!("injected::{kind}::{kernel}::{cpus}cpu");
+            let often = spec.clone();
+            let tried = (kernel == "6.1-cloud" && cpus == 4) || (kernel == "6.12-cloud" && cpus == 1);
+            trials.push(trial(name("tiny"), move || injected::tiny(&spec, 5)).with_ignored_flag(!tried));
+            trials.push(trial(name("often"), move || injected::tiny(&often, 200)).with_ignored_flag(true));
+        }
+    }
+    trials.push(trial("injected::wedged".into(), || injected::wedged(&tiny("256M", 2, &[]))));
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times::tiny".into(), hundred).with_ignored_flag(true));
     for kernel in KERNELS {

@@ -15,12 +15,14 @@
 use std::sync::Arc;
 
 use civic_api::{
-    DeviceInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, NewDevice, SaveReport, SaveRequest, VmInfo,
+    DeviceInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, GuestKernel, NewDevice, ProgramRequest, SaveReport,
+    SaveRequest, StartedProgram, VmInfo,
 };
 use civic_devices::console_hub::ConsoleHub;
 use tokio::sync::oneshot;
 
 use crate::fork::family::Sharing;
+use crate::programs::Session;
 
 /// What a client may ask of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,10 @@ pub enum Command {
     Save(SaveRequest),
     /// Running, stopping or paused → the same; answered when the children run.
     Fork(ForkRequest),
+    /// The guest's kernel is to be found in its memory; answered when it is.
+    Examine,
+    /// A program is to be started in the guest; answered when its loader runs there.
+    StartProgram(ProgramRequest),
     /// A device is to be plugged in; answered when it is. What the guest makes of it, the view tells.
     Plug(NewDevice),
     /// A device is to be removed; answered when it is closed, however long the guest takes.
@@ -61,6 +67,10 @@ pub enum Answer {
     Saved(SaveReport),
     /// To [`Command::Fork`].
     Forked(ForkReport),
+    /// To [`Command::StartProgram`].
+    Started(StartedProgram),
+    /// To [`Command::Examine`].
+    Examined(Box<GuestKernel>),
 }
 
 /// What is said of the balloon of a VM that has none.
@@ -92,6 +102,8 @@ pub trait View: Send + Sync + 'static {
     fn ask_balloon(&self);
     /// What the page server tells of its forks, if there is one. Waits for that: not for the API's own thread.
     fn sharing(&self) -> Option<Sharing>;
+    /// The program of this number, if it is there.
+    fn program(&self, id: u64) -> Option<Arc<Session>>;
     /// The console port of this name, if the VM has one.
     fn console(&self, port: &str) -> Option<Arc<ConsoleHub>>;
 }

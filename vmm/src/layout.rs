@@ -6,7 +6,7 @@
 //! 0xe000_0000  ECAM: configuration space of PCI bus 0         (1 MiB)
 //! 0xfec0_0000  IOAPIC        0xfee0_0000  local APIC
 //! 0xfffb_c000  KVM's identity map page, then its TSS (3 pages)
-//! 0x1_0000_0000  the rest of RAM
+//! 0x1_0000_0000  the rest of RAM, and behind it the annex    (2 MiB, seldom there)
 //! 0x40_0000_0000  64-bit window for PCI BARs                  (128 GiB)
 //! ```
 //!
@@ -97,6 +97,9 @@ pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Ports of [`PCI_CONFIG_PORT`].
 pub const PCI_CONFIG_PORTS: u16 = 8;
 
+/// Bytes of the annex, which begins at a multiple of them.
+pub const ANNEX_BYTES: u64 = 2 * MIB;
+
 /// A range of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -129,7 +132,7 @@ const _: () = {
     assert!(CMDLINE.0 + CMDLINE_CAPACITY <= EBDA.0);
     assert!(ACPI_TABLES.0 < GENERATION_PAGE.0 && GENERATION_PAGE.0 + PAGE_SIZE <= CLOCK_PAGE.0);
     assert!(CLOCK_PAGE.0 + PAGE_SIZE <= HIMEM.0);
-    assert!(HIGH_RAM_START.0 + MAX_MEMORY <= MMIO64.start.0);
+    assert!(HIGH_RAM_START.0 + MAX_MEMORY + 2 * ANNEX_BYTES <= MMIO64.start.0);
     assert!(MMIO64.start.0 + MMIO64.len <= 1 << MMIO64_PHYS_BITS);
 };
 
@@ -240,6 +243,12 @@ impl Layout {
         let mut regions = vec![(Gpa(0), low, 0)];
         regions.extend(self.high_ram().map(|window| (window.start, window.len, low)));
         regions
+    }
+
+    /// A stretch that the guest is told nothing of: for what a monitor wants its kernel to see for a moment.
+    pub fn annex(&self) -> Window {
+        let start = self.ram_end().max(HIGH_RAM_START).0.next_multiple_of(ANNEX_BYTES);
+        Window { start: Gpa(start), len: ANNEX_BYTES }
     }
 
     /// The memory map for the guest, ascending.

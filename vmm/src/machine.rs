@@ -16,6 +16,7 @@
 mod meters;
 mod plugging;
 pub mod state;
+pub mod surgery;
 
 use std::io;
 use std::sync::Arc;
@@ -55,6 +56,7 @@ use crate::kvm::{self, IoEvents, KvmError};
 use crate::layout::{self, Gpa, Layout, LayoutError};
 use crate::memory::{Memory, MemoryError};
 use crate::resources::Resources;
+use crate::traps::Traps;
 use crate::vcpu::{Buses, Gate, VcpuEvent, Vcpus};
 
 pub use self::meters::Meters;
@@ -171,6 +173,7 @@ pub struct Machine {
     shape: VcpuShape,
     vm: Arc<VmFd>,
     memory: Memory,
+    traps: Arc<Traps>,
 }
 
 /// What a PCI function is wired to.
@@ -238,7 +241,7 @@ impl Board {
         let gate = Gate::new();
         let wires = Arc::new(Wires { gate: Arc::clone(&gate), report });
 
-        let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
+        let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()), traps: Arc::default() };
         let root = PciRoot::new(Arc::clone(&buses.mmio));
         buses.mmio.insert(layout::ECAM.start.0, ECAM_LEN, Arc::new(Ecam::new(&root)))?;
         let reset = Arc::clone(&wires);
@@ -310,7 +313,7 @@ impl Board {
         lazy: Option<LazyMemory>,
     ) -> Result<Machine, BuildError> {
         let (shape, sockets) = (self.shape()?, self.sockets());
-        let Self { memory, vm, cpuid, root, power, hotplug, serial, .. } = self;
+        let Self { memory, vm, cpuid, root, power, hotplug, serial, buses, .. } = self;
         Ok(Machine {
             vcpus,
             lazy: lazy.map(Arc::new),
@@ -327,6 +330,7 @@ impl Board {
             shape,
             vm,
             memory,
+            traps: buses.traps,
         })
     }
 }

@@ -38,6 +38,7 @@ pub use routes::openapi;
 
 mod devices;
 mod metrics;
+mod programs;
 mod routes;
 
 /// Most connections served at a time, consoles aside; the next is answered `busy`.

@@ -17,7 +17,9 @@
 //! without asking stands in [`Shared`].
 
 mod balloon;
+mod examining;
 mod forking;
+mod injecting;
 mod plugging;
 mod saving;
 
@@ -33,16 +35,20 @@ use civic_api::{
 };
 use civic_devices::console_hub::ConsoleHub;
 use civic_devices::virtio::balloon::BalloonControl;
+use civic_guest::kernel::Kernel;
 use tracing::{error, info, warn};
 
 use self::forking::{PauseRequest, StillRequest};
+use self::injecting::Operation;
 use self::plugging::{PlugMessage, Plugging};
 use self::saving::{Begin, Meter, Outcome, Saving};
 use crate::control::{Answer, Command, Control, Reply, Request, View, no_balloon};
 use crate::fork::birth::{Born, LAST_RESORT, Lifeline, Link};
 use crate::fork::disks::Freezable;
 use crate::fork::family::{Family, Sharing};
+use crate::machine::surgery::Placed;
 use crate::machine::{BuildError, GuestEvent, Machine, Meters, Places, effective_mac};
+use crate::programs::{Programs, Session};
 use crate::resources::Resources;
 use crate::saved::{DiskStamp, Draft, SavedVm, VmStateV1};
 
@@ -61,6 +67,10 @@ enum Message {
     Forked,
     /// From whoever prepares one: the vCPUs are in the way.
     Still(StillRequest),
+    /// From the thread that starts a program: something to be done with the machine, at once.
+    Operate(Operation),
+    /// From the same: it is over.
+    Injected,
     /// From threads that open and close devices.
     Plug(PlugMessage),
     /// Part of the memory cannot be had: from the thread that loads a saved VM's, or the one that listens to a child's page server.
@@ -92,6 +102,7 @@ struct Shared {
     config: RwLock<Arc<VmConfig>>,
     status: Mutex<Status>,
     family: Arc<Family>,
+    programs: Arc<Programs>,
     serial: Arc<ConsoleHub>,
     hvc: Arc<ConsoleHub>,
 }
@@ -100,7 +111,7 @@ impl Shared {
     fn new(config: VmConfig, status: Status, family: Arc<Family>, resources: &Resources) -> Arc<Self> {
         let (serial, hvc) = (Arc::clone(&resources.serial), Arc::clone(&resources.hvc));
         let status = Mutex::new(Status { consoles: plugging::ports(&config, resources), ..status });
-        Arc::new(Self { config: RwLock::new(Arc::new(config)), status, family, serial, hvc })
+        Arc::new(Self { config: RwLock::new(Arc::new(config)), status, family, programs: Arc::default(), serial, hvc })
     }
 
     fn config(&self) -> Arc<VmConfig> {
@@ -155,6 +166,10 @@ impl View for Shared {
         if let Some(balloon) = &self.status().balloon {
             balloon.request_statistics();
         }
+    }
+
+    fn program(&self, id: u64) -> Option<Arc<Session>> {
+        self.programs.session(id)
     }
 
     fn console(&self, port: &str) -> Option<Arc<ConsoleHub>> {
@@ -232,6 +247,12 @@ pub struct Supervisor {
     saving: Option<Saving>,
     /// A fork is being made.
     forking: bool,
+    /// A loader is being started.
+    injecting: bool,
+    /// What a start of a loader had to leave in the guest's kernel.
+    left_placed: Option<Box<Placed>>,
+    /// The guest's kernel, once it was wanted.
+    kernel: Option<Arc<Kernel>>,
     /// Devices on their way.
     plugging: Plugging,
     /// The disks, once the first fork was wanted.
@@ -335,6 +356,9 @@ impl Supervisor {
             restored,
             saving,
             forking: false,
+            injecting: false,
+            left_placed: None,
+            kernel: None,
             plugging: Plugging::default(),
             freezable: None,
             lifeline: None,
@@ -365,6 +389,23 @@ impl Supervisor {
                 }
                 Ok(Message::Api(Request { command: Command::Fork(request), reply })) => {
                     self.begin_fork(request, reply);
+                    None
+                }
+                Ok(Message::Api(Request { command: Command::Examine, reply })) => {
+                    self.begin_examination(reply);
+                    None
+                }
+                Ok(Message::Api(Request { command: Command::StartProgram(request), reply })) => {
+                    self.begin_program(request, reply);
+                    None
+                }
+                Ok(Message::Operate(operation)) => {
+                    operation(&mut self);
+                    None
+                }
+                Ok(Message::Injected) => {
+                    self.injecting = false;
+                    self.may_go();
                     None
                 }
                 Ok(Message::ForkPoint(request)) => {
@@ -689,6 +730,8 @@ impl Supervisor {
     /// Drops the machine and starts the next one in its place. A VM that was paused meanwhile stays paused.
     fn reboot(&mut self) -> Result<(), ErrorBody> {
         self.boot += 1;
+        (self.kernel, self.left_placed) = (None, None);
+        self.shared.programs.reset();
         // The target may have been changed since the VM was configured.
         let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
         // First give the memory back: two machines may not fit.
@@ -756,6 +799,8 @@ fn command_name(command: &Command) -> &'static str {
         Command::SetBalloon(_) => "set the balloon of",
         Command::Save(_) => "save",
         Command::Fork(_) => "fork",
+        Command::Examine => "examine the guest of",
+        Command::StartProgram(_) => "start a program in",
         Command::Plug(_) => "plug a device into",
         Command::Unplug { .. } => "remove a device from",
     }

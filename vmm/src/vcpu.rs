@@ -32,6 +32,7 @@ use tracing::{debug, error, warn};
 
 use self::kick::RunPage;
 use crate::clock::monotonic;
+use crate::traps::{Trap, Traps};
 
 /// What a vCPU has to say that only the supervisor can act on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,6 +164,8 @@ pub struct Buses {
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
+    /// Ports that are on no bus.
+    pub traps: Arc<Traps>,
 }
 
 /// All vCPUs of a machine, each on its thread, parked at first. Dropping ends them.
@@ -280,12 +283,13 @@ impl Drop for Vcpus {
 }
 
 /// How a vCPU came out of the guest.
-#[derive(PartialEq, Eq)]
 enum Left {
     /// By an exit, which has been served.
     Served,
     /// By a kick.
     Kicked,
+    /// By writing to a port where somebody wants the vCPU.
+    Trapped(Arc<dyn Trap>),
 }
 
 struct Vcpu<R> {
@@ -310,7 +314,10 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
                     self.gate.state().entered.get_or_insert_with(monotonic);
                     self.gate.changed.notify_all();
                 }
-                self.enter(&page).map(|_| ())
+                match self.enter(&page) {
+                    Ok(Left::Trapped(trap)) => self.meet(&*trap, &page),
+                    result => result.map(|_| ()),
+                }
             } else {
                 let completed = self.complete_io(&page);
                 if tracing::enabled!(tracing::Level::DEBUG) {
@@ -346,10 +353,16 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
     fn complete_io(&mut self, page: &RunPage) -> Result<(), VcpuEvent> {
         loop {
             self.fd.set_kvm_immediate_exit(1);
-            if self.enter(page)? == Left::Kicked {
+            if matches!(self.enter(page)?, Left::Kicked) {
                 return Ok(());
             }
         }
+    }
+
+    fn meet(&mut self, trap: &dyn Trap, page: &RunPage) -> Result<(), VcpuEvent> {
+        self.complete_io(page)?;
+        let refused = |e| VcpuEvent::Failed(format!("KVM refuses the registers of vCPU {}: {e}", self.index));
+        trap.meet(&self.fd).map_err(refused)
     }
 
     fn enter(&mut self, page: &RunPage) -> Result<Left, VcpuEvent> {
@@ -357,6 +370,9 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
         let claimed = match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 exits.io.add(1);
+                if let Some(trap) = self.buses.traps.at(port) {
+                    return Ok(Left::Trapped(trap));
+                }
                 let size = page.io_size().clamp(1, data.len().max(1));
                 data.chunks(size).all(|item| self.buses.pio.write(u64::from(port), item))
             }

@@ -46,11 +46,14 @@ pub enum Command {
         json: bool,
     },
     /// Show a VM's state, devices and counters.
-    #[command(after_help = "Examples:\n  civic info web\n  civic info web --json | jq .state")]
+    #[command(after_help = INFO_HELP)]
     Info {
         /// The VM.
         #[arg(value_parser = name)]
         name: String,
+        /// Show what kernel the guest runs, found in its memory; nothing in the guest helps.
+        #[arg(long)]
+        guest: bool,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -108,6 +111,9 @@ pub enum Command {
     /// Fork a running VM: it runs on, and a child goes on from the same moment.
     #[command(after_help = FORK_HELP)]
     Fork(ForkArgs),
+    /// Run a program inside a fork, from outside: nothing in the guest needs to help.
+    #[command(after_help = EXEC_HELP)]
+    Exec(ExecArgs),
     /// Show which VM was forked from which.
     Tree {
         /// Print JSON.
@@ -284,6 +290,15 @@ Examples:
   civic list
   civic list --json | jq -r '.[] | select(.state == \"running\") | .name'";
 
+const INFO_HELP: &str = "\
+With --guest, the kernel that the guest runs is found from outside: in its memory and its vCPUs'
+registers, for which they stand still for less than a millisecond.
+
+Examples:
+  civic info web
+  civic info web --json | jq .state
+  civic info web --guest";
+
 const CONSOLE_HELP: &str = "\
 Shows what the console printed last, then what it prints. On a terminal, what is typed goes to the
 guest, Ctrl-C too, and Ctrl-] detaches: the VM runs on. Otherwise standard input goes to the guest as
@@ -310,6 +325,97 @@ Examples:
   civic fork web --name web-1 --store tools.img
   civic fork web --name probe --count 2 --store tools.img,overlay
   civic fork web --name probe --count 2 --disk path=results-{n}.img,id=results --net tap=probe{n}";
+
+const EXEC_HELP: &str = "\
+The program is brought into the fork's kernel from outside, and gets this command's input, outputs and
+signals. With a store, its / is the store and the guest's own root is at /guest; without one, or with
+--root guest, it is the guest's.
+
+Exit status: the program's own; 128 and the signal's number if one ended it; 126 if it cannot be
+executed, 127 if it is not there, 124 if it took longer than --timeout, 125 for Civic's own failures.
+
+Examples:
+  civic exec web-1 -- /bin/ps aux
+  civic exec --tty web-1 -- /bin/sh
+  civic exec --freeze web-1 -- strace -f -p 812";
+
+/// What `civic exec` is told.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The fork.
+    #[arg(value_parser = name)]
+    pub name: String,
+    /// Stop the guest's processes while the program runs: by SIGSTOP, or by the freezer of their control groups.
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "stop")]
+    pub freeze: Option<FreezeArg>,
+    /// Give the program a terminal: this one.
+    #[arg(long, short = 't')]
+    pub tty: bool,
+    /// What the program sees as /: the store if there is one, if not given.
+    #[arg(long, value_name = "ROOT")]
+    pub root: Option<RootArg>,
+    /// A variable of its environment, NAME=VALUE.
+    #[arg(long, short = 'e', value_name = "VARIABLE", value_parser = variable)]
+    pub env: Vec<String>,
+    /// Its working directory; / if not given.
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// How long it may run, in seconds: then it is ended, and killed 5 seconds later.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+    /// How long it may take to have it started, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = civic_api::PROGRAM_WAIT_MS / 1000)]
+    pub wait: u64,
+    /// Tell on standard error how long what took, as JSON.
+    #[arg(long)]
+    pub stages: bool,
+    /// The program and its arguments.
+    #[arg(required = true, last = true, value_name = "PROGRAM")]
+    pub program: Vec<String>,
+}
+
+/// `--freeze`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum FreezeArg {
+    /// SIGSTOP to all processes but the first.
+    Stop,
+    /// The freezer of all control groups but the root's; as 'stop' where there is none.
+    Cgroup,
+}
+
+impl From<FreezeArg> for civic_api::Freeze {
+    fn from(arg: FreezeArg) -> Self {
+        match arg {
+            FreezeArg::Stop => Self::Stop,
+            FreezeArg::Cgroup => Self::Cgroup,
+        }
+    }
+}
+
+/// `--root`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum RootArg {
+    /// The store, with the guest's root at /guest.
+    Store,
+    /// The guest's own.
+    Guest,
+}
+
+impl From<RootArg> for civic_api::ProgramRoot {
+    fn from(arg: RootArg) -> Self {
+        match arg {
+            RootArg::Store => Self::Store,
+            RootArg::Guest => Self::Guest,
+        }
+    }
+}
+
+fn variable(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((name, _)) if !name.is_empty() => Ok(text.to_owned()),
+        _ => Err(format!("'{text}' is not NAME=VALUE")),
+    }
+}
 
 /// What `civic fork` is told.
 #[derive(Debug, Args)]

@@ -12,7 +12,9 @@ mod cli;
 mod console;
 mod device;
 mod devices;
+mod exec;
 mod fork;
+mod guest;
 mod monitor;
 mod process;
 mod run;
@@ -37,6 +39,11 @@ use crate::rundir::RunDir;
 /// Exit status of what Civic itself could not do.
 const FAILED: u8 = 125;
 
+/// Ends with the status of a program that was run.
+#[derive(Debug, thiserror::Error)]
+#[error("the program has ended with status {0}")]
+pub struct Ended(pub u8);
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -48,6 +55,9 @@ fn main() -> ExitCode {
     };
     match perform(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Ended>() => {
+            ExitCode::from(error.downcast_ref::<Ended>().map_or(FAILED, |ended| ended.0))
+        }
         Err(error) => {
             // A reader that went away, as `civic list | head` does, is no failure to talk about.
             if error.downcast_ref::<std::io::Error>().is_none_or(|e| e.kind() != std::io::ErrorKind::BrokenPipe) {
@@ -68,7 +78,8 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
         match cli.command {
             Command::Run(args) => run::run(&dir, *args).await,
             Command::List { json } => show::list(&dir, json).await,
-            Command::Info { name, json } => show::info(&dir, &name, json).await,
+            Command::Info { name, guest: true, json } => guest::info(&dir, &name, json).await,
+            Command::Info { name, guest: false, json } => show::info(&dir, &name, json).await,
             Command::Console { name, port } => console::attach(&dir, &name, &port).await,
             Command::Pause { name } => on(&dir, &name, async |vm| vm.pause().await).await,
             Command::Resume { name } => on(&dir, &name, async |vm| vm.resume().await).await,
@@ -77,6 +88,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
                 save::save(&dir, &name, &directory, after.then(), json).await
             }
             Command::Fork(args) => fork::fork(&dir, args).await,
+            Command::Exec(args) => exec::exec(&dir, args).await,
             Command::Tree { json } => fork::tree(&dir, json).await,
             Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
             Command::Device { command } => device::device(&dir, command).await,

@@ -12,10 +12,10 @@ const IA32_MISC_ENABLE: u32 = 0x1a0;
 const IA32_PAT: u32 = 0x277;
 const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
+pub(super) const LSTAR: u32 = 0xc000_0082;
 const CSTAR: u32 = 0xc000_0083;
 const SYSCALL_MASK: u32 = 0xc000_0084;
-const KERNEL_GS_BASE: u32 = 0xc000_0102;
+pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// Variable and fixed memory-type ranges, which KVM has and older kernels do not list.
 const MTRRS: [std::ops::RangeInclusive<u32>; 4] = [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];

@@ -1,10 +1,15 @@
-//! Memory slots: where guest RAM appears.
+//! Memory slots: where guest RAM appears, and what is shown to the guest beside it.
 #![allow(unsafe_code)]
+
+use std::sync::Arc;
 
 use civic_devices::virtio::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
+    VolatileMemory, VolatileMemoryError,
+};
 
 use super::KvmError;
 
@@ -29,4 +34,58 @@ pub fn insert_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
         unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::refused("map guest memory"))?;
     }
     Ok(())
+}
+
+/// Memory beside RAM that the guest sees as long as this lives.
+pub struct Annex {
+    vm: Arc<VmFd>,
+    slot: u32,
+    at: GuestAddress,
+    memory: MmapRegion,
+}
+
+impl Annex {
+    /// Shows `bytes` at `at`, in the first slot behind those of `ram`; what is left of `len` is zero.
+    ///
+    /// # Errors
+    /// When there is no memory, or KVM refuses.
+    pub fn show(vm: &Arc<VmFd>, ram: &GuestRam, at: GuestAddress, len: u64, bytes: &[u8]) -> Result<Self, KvmError> {
+        const WHAT: &str = "show the guest more memory";
+        let refused = |source| KvmError::Refused { what: WHAT, source };
+        let memory = MmapRegion::new(len as usize).map_err(|e| refused(std::io::Error::other(e)))?;
+        let whole = memory.as_volatile_slice();
+        whole.write_slice(bytes, 0).map_err(|e| refused(std::io::Error::other(e)))?;
+        let this = Self { vm: Arc::clone(vm), slot: ram.num_regions() as u32, at, memory };
+        this.set(len).map_err(KvmError::refused(WHAT))?;
+        Ok(this)
+    }
+
+    /// Reads what the guest has made of it.
+    ///
+    /// # Errors
+    /// Beyond its end.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), VolatileMemoryError> {
+        self.memory.as_volatile_slice().read_slice(buffer, offset as usize)
+    }
+
+    fn set(&self, len: u64) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot: self.slot,
+            flags: 0,
+            guest_phys_addr: self.at.raw_value(),
+            memory_size: len,
+            userspace_addr: self.memory.as_ptr() as u64,
+        };
+        // SAFETY: the range is a live mapping of ours of this length or none, and dropping takes the slot away before the mapping.
+        unsafe { self.vm.set_user_memory_region(region) }
+    }
+}
+
+impl Drop for Annex {
+    fn drop(&mut self) {
+        if let Err(e) = self.set(0) {
+            // The mapping goes now, and a guest that looks there stops its vCPU: only of a VM that KVM has given up.
+            tracing::error!("KVM keeps a memory slot: {e}");
+        }
+    }
 }

@@ -11,15 +11,15 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use civic_api::launch::{ForkConfig, RestoreConfig};
-use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, CONSOLES, DISKS, FORK, MAX_BODY_BYTES, NETS, SAVE};
+use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, CONSOLES, DISKS, FORK, MAX_BODY_BYTES, NETS, PROGRAMS, SAVE};
 use civic_api::{
-    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, NewDevice, SaveReport, SaveRequest,
-    VmConfig, VmInfo, VmState, doctor,
+    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, GuestKernel, NewDevice, SaveReport,
+    SaveRequest, VmConfig, VmInfo, VmState, doctor,
 };
 use civic_devices::console_hub::ConsoleHub;
 use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use hyper::upgrade::Upgraded;
-use hyper::{Method, StatusCode};
+use hyper::{HeaderMap, Method, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::UnixStream;
@@ -28,7 +28,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::metrics::{self, Requests};
-use super::{Limits, Patience, devices};
+use super::{Limits, Patience, devices, programs};
 use crate::control::{Answer, Command, Control, no_balloon};
 
 /// The document's frame; the paths come from the routes. Beside what they use, it has the types of `civic run`'s
@@ -80,9 +80,11 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(fork))
         .routes(routes!(balloon, set_balloon))
         .routes(routes!(vm_metrics))
+        .routes(routes!(guest))
         .routes(routes!(openapi_json))
         .routes(routes!(console))
         .merge(devices::documented())
+        .merge(programs::documented())
 }
 
 /// The OpenAPI document of the API, as `GET /v1/openapi.json` gives it.
@@ -125,7 +127,7 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
 
     let takes_body = matches!(
         (request.method(), request.uri().path()),
-        (&Method::POST, SAVE | FORK | DISKS | NETS | CONSOLES) | (&Method::PUT, BALLOON)
+        (&Method::POST, SAVE | FORK | DISKS | NETS | CONSOLES | PROGRAMS) | (&Method::PUT, BALLOON)
     );
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
@@ -322,6 +324,23 @@ async fn vm_metrics(State(api): State<Api>) -> Result<Response, Failure> {
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
+/// The guest's kernel.
+///
+/// Found in the guest's memory and its vCPUs' registers alone, for which they stand still for a moment: nothing in the guest helps, or
+/// notices.
+#[utoipa::path(get, path = "/v1/guest", responses(
+    (status = 200, body = GuestKernel),
+    (status = 409, description = "It was never started", body = ErrorBody),
+    (status = 422, description = "No kernel was found", body = ErrorBody),
+))]
+async fn guest(State(api): State<Api>, Extension(patience): Extension<Patience>) -> Result<Json<GuestKernel>, Failure> {
+    let _patience = patience.hold();
+    match api.control.command(Command::Examine).await? {
+        Answer::Examined(kernel) => Ok(Json(*kernel)),
+        _ => Err(ErrorBody::internal("the examination was answered with something else").into()),
+    }
+}
+
 /// This document.
 #[utoipa::path(get, path = "/v1/openapi.json", responses((status = 200, content_type = "application/json", body = Object)))]
 async fn openapi_json() -> Json<utoipa::openapi::OpenApi> {
@@ -365,14 +384,7 @@ async fn console(
         return Err(error.with_hint(format!("it has: {ports}")).into());
     };
     let (mut parts, _) = request.into_parts();
-    let asked = |name, word: &str| {
-        let values = parts.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-        values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(word))
-    };
-    if !asked(CONNECTION, "upgrade") || !asked(UPGRADE, CONSOLE_PROTOCOL) {
-        let message = format!("a console needs 'Connection: upgrade' and 'Upgrade: {CONSOLE_PROTOCOL}'");
-        return Err(ErrorBody::new(ErrorCode::InvalidRequest, message).into());
-    }
+    check_upgrade(&parts.headers, CONSOLE_PROTOCOL)?;
     hub.has_room().map_err(console_refused)?;
     let Some(upgrade) = parts.extensions.remove::<hyper::upgrade::OnUpgrade>() else {
         return Err(ErrorBody::new(ErrorCode::InvalidRequest, "this connection cannot be upgraded").into());
@@ -389,6 +401,19 @@ async fn console(
     });
     let headers = [(CONNECTION, "upgrade"), (UPGRADE, CONSOLE_PROTOCOL)];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Whether the client wants to go on with this protocol.
+pub(super) fn check_upgrade(headers: &HeaderMap, protocol: &str) -> Result<(), ErrorBody> {
+    let asked = |name, word: &str| {
+        let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(word))
+    };
+    if asked(CONNECTION, "upgrade") && asked(UPGRADE, protocol) {
+        return Ok(());
+    }
+    let message = format!("this needs 'Connection: upgrade' and 'Upgrade: {protocol}'");
+    Err(ErrorBody::new(ErrorCode::InvalidRequest, message))
 }
 
 fn console_refused(error: io::Error) -> ErrorBody {

@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::control::{Answer, Command, Request, View, no_balloon};
 use crate::fork::family::Sharing;
+use crate::programs::Session;
 
 /// A machine that is nothing but its state, and a guest whose console echoes in upper case.
 struct Fake {
@@ -117,6 +118,10 @@ impl View for Fake {
             balloon.reports += 1;
             balloon.statistics = BTreeMap::from([("free_bytes".to_owned(), balloon.reports)]);
         }
+    }
+
+    fn program(&self, _: u64) -> Option<Arc<Session>> {
+        None
     }
 
     fn console(&self, port: &str) -> Option<Arc<ConsoleHub>> {
@@ -501,7 +506,7 @@ fn the_document_and_the_routes_agree() {
     let paths = document["paths"].as_object().unwrap();
     let mut known: Vec<&str> =
         vec![INFO, START, PAUSE, RESUME, STOP, KILL, SAVE, FORK, BALLOON, METRICS, OPENAPI, CONSOLE, DEVICE];
-    known.extend([DISKS, NETS, CONSOLES]);
+    known.extend([DISKS, NETS, CONSOLES, GUEST, PROGRAMS, PROGRAM]);
     known.sort_unstable();
     assert_eq!(paths.keys().map(String::as_str).collect::<Vec<_>>(), known);
     for (path, item) in paths {

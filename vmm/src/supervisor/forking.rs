@@ -86,6 +86,10 @@ impl Supervisor {
             let error = ErrorBody::new(ErrorCode::Busy, "the VM is being forked");
             return Err(error.with_hint("try again when that is done"));
         }
+        if self.injecting {
+            let error = ErrorBody::new(ErrorCode::Busy, "a program is just being started in the VM");
+            return Err(error.with_hint("try again when it is"));
+        }
         if self.saving.is_some() {
             let error = ErrorBody::new(ErrorCode::WrongState, "cannot fork a VM that is being saved");
             return Err(error.with_hint("wait until it is saved"));

@@ -124,7 +124,7 @@ impl Supervisor {
 
     /// Whether devices must stay as they are, because something that was begun counts on them.
     pub(super) fn must_stay(&self) -> bool {
-        self.forking || self.saving.is_some()
+        self.forking || self.injecting || self.saving.is_some()
     }
 
     /// Comes again when that is over.

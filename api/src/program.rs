@@ -1,0 +1,102 @@
+//! Programs that are started in a fork from outside.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// How long it may take to have a program started, if nothing else is said, in milliseconds.
+pub const PROGRAM_WAIT_MS: u64 = 30_000;
+/// The longest that may be asked for.
+pub const MAX_PROGRAM_WAIT_MS: u64 = 600_000;
+
+/// A program to be started in a fork, from outside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProgramRequest {
+    /// The program and its arguments. One without a slash is looked for in PATH of `env`.
+    pub argv: Vec<String>,
+    /// Its environment, all of it: `NAME=value`.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Its working directory; `/` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// A terminal for its input and outputs, of this size; otherwise they are pipes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tty: Option<TerminalSize>,
+    /// What of the guest stands still while it runs.
+    #[serde(default)]
+    pub freeze: Freeze,
+    /// What it sees as `/`; the store, if the VM has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<ProgramRoot>,
+    /// How long it may take until it is started, in milliseconds.
+    #[serde(default = "usual_wait")]
+    pub wait_ms: u64,
+}
+
+fn usual_wait() -> u64 {
+    PROGRAM_WAIT_MS
+}
+
+/// A terminal's size in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters of a line.
+    pub columns: u16,
+}
+
+/// What of the guest stands still while a program runs, and goes on when it has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Freeze {
+    /// Nothing.
+    #[default]
+    None,
+    /// All processes but the first, by SIGSTOP.
+    Stop,
+    /// All control groups but the root's, by their freezer; as `stop` where there is none.
+    Cgroup,
+}
+
+/// What a program sees as `/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProgramRoot {
+    /// What the guest's own programs see.
+    Guest,
+    /// The store, with the guest's root at `/guest`.
+    Store,
+}
+
+/// A program that is being started: the loader runs in the guest, and says how it goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StartedProgram {
+    /// Its number in this VM.
+    pub id: u64,
+    /// How long what took.
+    pub stages: InjectStages,
+}
+
+/// How long the stages of starting a loader took, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InjectStages {
+    /// Finding the guest's kernel; 0 if it was known.
+    pub find_us: u64,
+    /// Placing what is placed there, while the vCPUs stand still.
+    pub place_us: u64,
+    /// Until a task came by.
+    pub hook_us: u64,
+    /// Until that task had queued the helper, and had its registers back.
+    pub queue_us: u64,
+    /// Until the helper had executed the loader.
+    pub exec_us: u64,
+    /// Taking away again what was placed, while the vCPUs stand still.
+    pub remove_us: u64,
+    /// Until the loader had said its first word.
+    pub hello_us: u64,
+    /// All.
+    pub total_us: u64,
+}

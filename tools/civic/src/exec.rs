@@ -1,0 +1,326 @@
+//! `civic exec`: a program in a fork, started from outside, with this process's input, outputs and signals.
+//!
+//! ```text
+//!  stdin ─ thread ─ credit ─► Stdin ─┐                      ┌─ Stdout, Stderr ─► writer thread ─► stdout, stderr
+//!  signals, window size ─────────────┴─► program's stream ──┤
+//!                                                           └─ Exited ─► exit status
+//! ```
+//!
+//! Exit status: the program's own, 128 and its signal if one ended it, 126 if it cannot be executed, 127 if it is not there, 124 if it
+//! took longer than it may, 125 for everything that is not the program's fault.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use civic_api::client::ConsoleStream;
+use civic_api::{ProgramRequest, StartedProgram, TerminalSize};
+use civic_loader::{Exit, FromGuest, Stage, Step, ToGuest, WindowSize, split};
+use nix::errno::Errno;
+use nix::libc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::cli::ExecArgs;
+use crate::rundir::RunDir;
+use crate::terminal::Raw;
+use crate::{Ended, advice, on};
+
+const CHUNK: usize = 8192;
+/// How long a program has that is to end before it is killed.
+const GRACE: Duration = Duration::from_secs(5);
+/// What timeout(1) ends with.
+const TIMED_OUT: u8 = 124;
+const NOT_EXECUTABLE: u8 = 126;
+const NOT_THERE: u8 = 127;
+/// Signals that a program gets in our place, when it has no terminal of its own.
+const FORWARDED: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+
+/// Runs a program, and ends as it does.
+pub async fn exec(dir: &RunDir, args: ExecArgs) -> Result<()> {
+    let tty = args.tty.then(window).transpose()?;
+    let request = ProgramRequest {
+        argv: args.program.clone(),
+        env: environment(&args.env, tty.is_some()),
+        cwd: args.workdir.clone(),
+        tty: tty.map(|size| TerminalSize { rows: size.rows, columns: size.columns }),
+        freeze: args.freeze.map_or_else(Default::default, Into::into),
+        root: args.root.map(Into::into),
+        wait_ms: args.wait.saturating_mul(1000),
+    };
+    let name = &args.name;
+    let program = on(dir, name, async |vm| vm.start_program(&request).await).await?;
+    let stream = on(dir, name, async |vm| vm.program(program.id).await).await?;
+    let raw = if args.tty { Raw::enter().context("cannot use the terminal")? } else { None };
+    let outcome = Talk::start(stream, args.tty)?.until_its_end(args.timeout.map(Duration::from_secs)).await;
+    drop(raw);
+    let outcome = outcome?;
+    if args.stages {
+        tell_stages(&program, &outcome.stages)?;
+    }
+    match outcome.status {
+        0 => Ok(()),
+        status => Err(Ended(status).into()),
+    }
+}
+
+/// PATH, HOME and what the caller says; TERM for a terminal.
+fn environment(given: &[String], tty: bool) -> Vec<String> {
+    let mut env: Vec<String> = Vec::new();
+    let mut set = |variable: String| {
+        let name = variable.split('=').next().unwrap_or_default().to_owned();
+        env.retain(|other| other.split('=').next() != Some(&name));
+        env.push(variable);
+    };
+    set("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into());
+    set("HOME=/root".into());
+    if tty {
+        set(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "linux".into())));
+    }
+    given.iter().cloned().for_each(set);
+    env
+}
+
+nix::ioctl_read_bad!(window_size, libc::TIOCGWINSZ, libc::winsize);
+
+/// This terminal's size.
+fn window() -> Result<WindowSize> {
+    if !io::stdin().is_terminal() {
+        let error = anyhow::anyhow!("--tty needs a terminal, and standard input is none");
+        return Err(error.context(advice::error("there is no terminal", "leave --tty away")));
+    }
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the pointer is to a winsize of ours, which the call fills.
+    #[allow(unsafe_code)]
+    unsafe { window_size(libc::STDIN_FILENO, &raw mut size) }.context("the terminal does not tell its size")?;
+    Ok(WindowSize { rows: size.ws_row, columns: size.ws_col, width: size.ws_xpixel, height: size.ws_ypixel })
+}
+
+/// How a program ended.
+struct Outcome {
+    status: u8,
+    /// When the loader had come how far, by the guest's time stamp counter.
+    stages: Vec<(Stage, u64)>,
+}
+
+/// A conversation with a program.
+struct Talk {
+    from_guest: ReadHalf<ConsoleStream>,
+    to_guest: mpsc::Sender<Vec<u8>>,
+    credit: Arc<Semaphore>,
+    output: mpsc::Sender<Output>,
+    written: oneshot::Receiver<()>,
+}
+
+enum Output {
+    Stdout(Vec<u8>),
+    Stderr(Vec<u8>),
+}
+
+fn frame(frame: &ToGuest<'_>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // What we send is shorter than a frame may be.
+    let _ = frame.encode(&mut bytes);
+    bytes
+}
+
+impl Talk {
+    fn start(stream: ConsoleStream, tty: bool) -> Result<Self> {
+        let (from_guest, write) = tokio::io::split(stream);
+        let (to_guest, frames) = mpsc::channel(16);
+        let credit = Arc::new(Semaphore::new(0));
+        let (output, wanted) = mpsc::channel(16);
+        let (done, written) = oneshot::channel();
+        std::thread::Builder::new().name("output".into()).spawn(move || {
+            write_output(wanted);
+            let _ = done.send(());
+        })?;
+        let (typed, input) = mpsc::channel(1);
+        std::thread::Builder::new().name("stdin".into()).spawn(move || read_stdin(&typed))?;
+        tokio::spawn(send_input(input, Arc::clone(&credit), to_guest.clone()));
+        tokio::spawn(send(frames, write));
+        if tty {
+            forward_sizes(to_guest.clone())?;
+        } else {
+            forward_signals(&to_guest)?;
+        }
+        Ok(Self { from_guest, to_guest, credit, output, written })
+    }
+
+    /// Serves it until it has ended; one that takes longer than `limit` is made to.
+    async fn until_its_end(self, limit: Option<Duration>) -> Result<Outcome> {
+        let Self { from_guest, to_guest, credit, output, written } = self;
+        let heard = hear(from_guest, credit, output);
+        tokio::pin!(heard);
+        let ends = async |after: Option<Duration>| match after {
+            Some(after) => tokio::time::sleep(after).await,
+            None => std::future::pending().await,
+        };
+        let outcome = tokio::select! {
+            outcome = &mut heard => outcome?,
+            () = ends(limit) => {
+                for signal in [libc::SIGTERM, libc::SIGKILL] {
+                    let _ = to_guest.send(frame(&ToGuest::Signal(signal as u8))).await;
+                    if let Ok(outcome) = tokio::time::timeout(GRACE, &mut heard).await {
+                        return Ok(Outcome { status: TIMED_OUT, ..outcome? });
+                    }
+                }
+                bail!("the program does not end, though it was killed");
+            }
+        };
+        let _ = written.await;
+        Ok(outcome)
+    }
+}
+
+/// Takes what the guest says, until the last of it.
+async fn hear(
+    mut from_guest: ReadHalf<ConsoleStream>,
+    credit: Arc<Semaphore>,
+    output: mpsc::Sender<Output>,
+) -> Result<Outcome> {
+    let (mut bytes, mut stages) = (Vec::new(), Vec::new());
+    loop {
+        let mut done = 0;
+        while let Some((frame, len)) = split(&bytes[done..]).context("the monitor makes no sense")? {
+            match FromGuest::decode(frame).context("the monitor makes no sense")? {
+                FromGuest::Hello { credit: more, .. } | FromGuest::Credit(more) => credit.add_permits(more as usize),
+                FromGuest::Stage { stage, tsc } => stages.push((stage, tsc)),
+                // Nobody reads: as with a pipe, the program is told when it is over.
+                FromGuest::Stdout(part) => drop(output.send(Output::Stdout(part.to_vec())).await),
+                FromGuest::Stderr(part) => drop(output.send(Output::Stderr(part.to_vec())).await),
+                FromGuest::Warning(text) => eprintln!("civic: {text}"),
+                FromGuest::Exited(Exit::Code(status)) => return Ok(Outcome { status, stages }),
+                FromGuest::Exited(Exit::Signal { signal, .. }) => {
+                    return Ok(Outcome { status: 128_u8.wrapping_add(signal), stages });
+                }
+                FromGuest::Failed { step, errno, text } => return failed(step, errno, text, stages),
+            }
+            done += len;
+        }
+        bytes.drain(..done);
+        if from_guest.read_buf(&mut bytes).await.context("the connection to the monitor broke")? == 0 {
+            bail!("the VM has ended, and the program with it");
+        }
+    }
+}
+
+/// A program that cannot be executed is told as a shell does.
+fn failed(step: Step, errno: i32, text: &str, stages: Vec<(Stage, u64)>) -> Result<Outcome> {
+    let text = match errno {
+        0 => text.to_owned(),
+        errno => format!("{text}: {}", Errno::from_raw(errno).desc()),
+    };
+    if step != Step::Exec {
+        bail!("{text}");
+    }
+    eprintln!("civic: {text}");
+    let status = if errno == libc::ENOENT { NOT_THERE } else { NOT_EXECUTABLE };
+    Ok(Outcome { status, stages })
+}
+
+fn write_output(mut wanted: mpsc::Receiver<Output>) {
+    let mut broken = false;
+    while let Some(part) = wanted.blocking_recv() {
+        let written = match &part {
+            Output::Stdout(bytes) if !broken => {
+                let mut stdout = io::stdout();
+                stdout.write_all(bytes).and_then(|()| stdout.flush())
+            }
+            Output::Stdout(_) => Ok(()),
+            Output::Stderr(bytes) => io::stderr().write_all(bytes),
+        };
+        broken |= written.is_err();
+    }
+}
+
+fn read_stdin(typed: &mpsc::Sender<Vec<u8>>) {
+    let mut chunk = [0; CHUNK];
+    loop {
+        match io::stdin().read(&mut chunk) {
+            Ok(0) => return,
+            Ok(n) if typed.blocking_send(chunk[..n].to_vec()).is_ok() => {}
+            Ok(_) => return,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+async fn send_input(mut input: mpsc::Receiver<Vec<u8>>, credit: Arc<Semaphore>, to_guest: mpsc::Sender<Vec<u8>>) {
+    while let Some(chunk) = input.recv().await {
+        let Ok(permits) = credit.acquire_many(chunk.len() as u32).await else { return };
+        permits.forget();
+        if to_guest.send(frame(&ToGuest::Stdin(&chunk))).await.is_err() {
+            return;
+        }
+    }
+    let _ = to_guest.send(frame(&ToGuest::StdinEnd)).await;
+}
+
+async fn send(mut frames: mpsc::Receiver<Vec<u8>>, mut guest: WriteHalf<ConsoleStream>) {
+    while let Some(frame) = frames.recv().await {
+        if guest.write_all(&frame).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn forward_signals(to_guest: &mpsc::Sender<Vec<u8>>) -> io::Result<()> {
+    for number in FORWARDED {
+        let mut caught = signal(SignalKind::from_raw(number))?;
+        let to_guest = to_guest.clone();
+        tokio::spawn(async move {
+            while caught.recv().await.is_some() {
+                let _ = to_guest.send(frame(&ToGuest::Signal(number as u8))).await;
+            }
+        });
+    }
+    Ok(())
+}
+
+fn forward_sizes(to_guest: mpsc::Sender<Vec<u8>>) -> io::Result<()> {
+    let mut changed = signal(SignalKind::window_change())?;
+    tokio::spawn(async move {
+        while changed.recv().await.is_some() {
+            if let Ok(size) = window() {
+                let _ = to_guest.send(frame(&ToGuest::WindowSize(size))).await;
+            }
+        }
+    });
+    Ok(())
+}
+
+/// What took how long, as a line of JSON on stderr. The loader's own stages are in ticks of the guest's counter.
+fn tell_stages(program: &StartedProgram, stages: &[(Stage, u64)]) -> Result<()> {
+    let first = stages.first().map_or(0, |(_, tsc)| *tsc);
+    let loader: serde_json::Map<_, _> = stages
+        .iter()
+        .map(|(stage, tsc)| (format!("{stage:?}").to_lowercase(), tsc.wrapping_sub(first).into()))
+        .collect();
+    let told = serde_json::json!({ "inject": program.stages, "loader_ticks": loader });
+    writeln!(io::stderr(), "{told}")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_overrides_what_is_usual() {
+        let env = environment(&["HOME=/tmp".into(), "A=b=c".into(), "A=d".into()], false);
+        let usual = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+        assert_eq!(env, [usual, "HOME=/tmp", "A=d"]);
+    }
+
+    #[test]
+    fn what_cannot_be_executed_ends_as_in_a_shell() {
+        let status = |step, errno| failed(step, errno, "x", Vec::new()).map(|outcome| outcome.status).ok();
+        assert_eq!(status(Step::Exec, libc::ENOENT), Some(127));
+        assert_eq!(status(Step::Exec, libc::EACCES), Some(126));
+        assert_eq!(status(Step::Store, libc::ENOENT), None);
+    }
+}

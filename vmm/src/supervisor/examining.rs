@@ -1,0 +1,112 @@
+//! The guest's kernel, found from outside: the supervisor takes the vCPUs' registers, a thread reads the memory while the guest runs on.
+
+use std::time::Instant;
+
+use civic_api::{
+    ErrorBody, ErrorCode, Finding, GuestChecksums, GuestImage, GuestKernel, GuestSymbols, GuestTypes, PerCpuSymbols,
+    SymbolAddresses, VmState,
+};
+use civic_guest::kallsyms::Addresses;
+use civic_guest::kernel::{Checksums, Kernel, PerCpu, Report};
+use civic_guest::registers::Registers;
+use tracing::{info, warn};
+
+use super::{Supervisor, wrong_state};
+use crate::control::{Answer, Command, Reply};
+use crate::machine::Machine;
+use crate::machine::surgery::Seen;
+
+impl Supervisor {
+    /// Starts to look for the guest's kernel; the reply comes when it is found, or is not.
+    pub(super) fn begin_examination(&self, reply: Reply) {
+        let begun = Instant::now();
+        let registers = match self.registers() {
+            Ok(registers) => registers,
+            Err(e) => return drop(reply.send(Err(e))),
+        };
+        let stopped = begun.elapsed();
+        let Some(memory) = self.machine.as_ref().map(|machine| machine.memory().ram.clone()) else { return };
+        let look = move || {
+            let memory = Seen(&memory);
+            let found = Kernel::find(&memory, &registers);
+            let took = begun.elapsed();
+            info!(?stopped, ?took, found = found.is_ok(), "looked for the guest's kernel");
+            let answer = found.map(|kernel| {
+                let (stopped_us, took_us) = (stopped.as_micros() as u64, took.as_micros() as u64);
+                // What cannot be read was not there for the rest either.
+                let checksums = kernel.checksums(&memory).ok().flatten();
+                Answer::Examined(Box::new(told(kernel.report(), checksums, stopped_us, took_us)))
+            });
+            let _ = reply.send(answer.map_err(|e| ErrorBody::from_error(ErrorCode::GuestUnusable, &e)));
+        };
+        // The reply is lost with the thread; dropping it is answered.
+        if let Err(e) = std::thread::Builder::new().name("examiner".into()).spawn(look) {
+            warn!("cannot start a thread to look at the guest: {e}");
+        }
+    }
+
+    fn registers(&self) -> Result<Vec<Registers>, ErrorBody> {
+        let state = self.shared.status().state;
+        let runs = matches!(state, VmState::Running | VmState::Stopping);
+        if self.saving.is_some() {
+            let error = ErrorBody::new(ErrorCode::WrongState, "cannot examine the guest of a VM that is being saved");
+            return Err(error.with_hint("wait until it is saved ('civic info' shows how far it is)"));
+        }
+        if !runs && state != VmState::Paused {
+            return Err(wrong_state(&Command::Examine, state));
+        }
+        let machine = self.machine.as_ref().ok_or_else(|| ErrorBody::internal("there is no machine"))?;
+        let _held = runs.then(|| Machine::hold_vcpus(machine));
+        machine.registers().map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))
+    }
+}
+
+fn told(report: Report, checksums: Option<Checksums>, stopped_us: u64, took_us: u64) -> GuestKernel {
+    let image = report.image;
+    GuestKernel {
+        release: report.release,
+        version: report.version,
+        banner: report.banner,
+        image: GuestImage {
+            base: image.base.to_string(),
+            physical: image.physical.to_string(),
+            bytes: image.bytes(),
+            slide: report.virtual_slide,
+            physical_slide: report.physical_slide,
+        },
+        paging_levels: image.levels,
+        isolated: image.isolated,
+        page_table: image.root.to_string(),
+        direct_map: report.direct_map.map(|at| at.to_string()),
+        per_cpu: report.current.map(|current| match current.per_cpu {
+            PerCpu::Offsets => PerCpuSymbols::Offsets,
+            PerCpu::Addresses => PerCpuSymbols::Addresses,
+        }),
+        symbols: finding(report.kallsyms, |found| GuestSymbols {
+            count: found.count as u64,
+            addresses: match found.layout.addresses {
+                Addresses::AbsolutePerCpu => SymbolAddresses::AbsolutePerCpu,
+                Addresses::FromBase => SymbolAddresses::FromBase,
+                Addresses::FromThemselves => SymbolAddresses::FromThemselves,
+            },
+            confirmed: found.confirmed,
+            names_data: found.names_data,
+        }),
+        exports: report.exports.map(|count| count as u64),
+        types: finding(report.btf, |found| GuestTypes {
+            count: found.count as u64,
+            bytes: found.bytes as u64,
+            complete: found.unknown.is_none(),
+        }),
+        checksums: checksums.map(|sums| GuestChecksums { text: sums.text, mapping: sums.mapping }),
+        stopped_us,
+        took_us,
+    }
+}
+
+fn finding<T, U, E: std::fmt::Display>(found: Result<T, E>, tell: impl FnOnce(T) -> U) -> Finding<U> {
+    match found {
+        Ok(found) => Finding::Found(tell(found)),
+        Err(why) => Finding::Missing(why.to_string()),
+    }
+}

@@ -1,0 +1,347 @@
+//! A program that is started in the guest: a thread sees to it, the supervisor only does what needs the machine.
+//!
+//! ```text
+//! thread:      find the kernel ─▶ │       │ ─▶ a task comes by, queues the helper, gets back ─▶ the helper execs ─▶ │        │ ─▶ Hello
+//! supervisor:                     │ place │                                                                       │ remove │
+//! ```
+//!
+//! One at a time; a fork waits meanwhile, so no other VM gets what was placed.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use civic_api::{
+    ErrorBody, ErrorCode, Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, ProgramRequest, ProgramRoot, STORE_ID,
+    StartedProgram, VmConfig, VmState,
+};
+use civic_devices::virtio::GuestRam;
+use civic_guest::kernel::Kernel;
+use civic_guest::registers::Registers;
+use civic_inject::LOADER;
+use civic_inject::code::Mailbox;
+use civic_inject::hook::Progress;
+use civic_inject::wire::{self, Disk, Launch, Root, Store, Strings, ToGuest, WindowSize, pack};
+use nix::errno::Errno;
+use tracing::{info, warn};
+
+use super::{Message, Supervisor, wrong_state};
+use crate::control::{Answer, Command, Reply};
+use crate::machine::Machine;
+use crate::machine::surgery::{Child, Placed, Seen, SurgeryError};
+use crate::programs::{FIRST_WORD, Knocking, PORT, Session};
+
+/// Something to be done with the machine.
+pub type Operation = Box<dyn FnOnce(&mut Supervisor) + Send>;
+
+/// How much longer a task that is on its way may take than is allowed in all: it cannot be called back.
+const GRACE: Duration = Duration::from_secs(5);
+/// Between two tries to take away what somebody is still in.
+const AGAIN: Duration = Duration::from_millis(2);
+
+impl Supervisor {
+    /// Starts to start a program; the reply comes when its loader runs, or cannot.
+    pub(super) fn begin_program(&mut self, request: ProgramRequest, reply: Reply) {
+        if self.injecting || self.forking {
+            return self
+                .later(Message::Api(crate::control::Request { command: Command::StartProgram(request), reply }));
+        }
+        let begun = self.check_program(&request).and_then(|()| self.order(&request));
+        let order = match begun {
+            Ok(order) => order,
+            Err(e) => return drop(reply.send(Err(e))),
+        };
+        let sender = self.sender.clone();
+        let start = move || {
+            let session = Arc::clone(&order.session);
+            let started = order.start();
+            if let Err(e) = &started {
+                warn!(program = session.id(), "not started: {}", e.message);
+                session.fail(&e.message);
+                session.abandon();
+            }
+            let _ = sender.send(Message::Injected);
+            let _ = reply.send(started.map(Answer::Started));
+        };
+        self.injecting = true;
+        // The reply is lost with the thread; dropping it is answered.
+        if let Err(e) = std::thread::Builder::new().name("inject".into()).spawn(start) {
+            self.injecting = false;
+            warn!("cannot start a thread for a program: {e}");
+        }
+    }
+
+    fn check_program(&self, request: &ProgramRequest) -> Result<(), ErrorBody> {
+        let state = self.shared.status().state;
+        if !matches!(state, VmState::Running | VmState::Stopping) {
+            return Err(wrong_state(&Command::StartProgram(request.clone()), state));
+        }
+        if !self.machine.as_ref().is_some_and(Machine::is_forked) {
+            let error =
+                ErrorBody::new(ErrorCode::WrongState, "programs are started in forks only, and this VM is none");
+            return Err(error.with_hint("fork it, and start the program in the fork"));
+        }
+        if request.wait_ms > MAX_PROGRAM_WAIT_MS {
+            let message = format!("{} ms are too long to wait: at most {MAX_PROGRAM_WAIT_MS}", request.wait_ms);
+            return Err(ErrorBody::new(ErrorCode::InvalidRequest, message));
+        }
+        Ok(())
+    }
+
+    fn order(&self, request: &ProgramRequest) -> Result<Order, ErrorBody> {
+        let machine = self.machine.as_ref().ok_or_else(|| ErrorBody::internal("there is no machine"))?;
+        let launch = launch(request, &self.shared.config())?;
+        let busy = |why| ErrorBody::new(ErrorCode::Busy, why);
+        let session = self.shared.programs.begin(launch).map_err(busy)?;
+        let ram = machine.memory().ram.clone();
+        let knocking = Knocking { programs: Arc::clone(&self.shared.programs), ram: ram.clone() };
+        machine.serve(PORT, Arc::new(knocking));
+        Ok(Order {
+            session,
+            kernel: self.kernel.clone(),
+            ram,
+            sender: self.sender.clone(),
+            boot: self.boot,
+            deadline: Instant::now() + Duration::from_millis(request.wait_ms),
+        })
+    }
+}
+
+/// A program to be started.
+struct Order {
+    session: Arc<Session>,
+    kernel: Option<Arc<Kernel>>,
+    ram: GuestRam,
+    sender: Sender<Message>,
+    boot: u64,
+    deadline: Instant,
+}
+
+impl Order {
+    fn start(mut self) -> Result<StartedProgram, ErrorBody> {
+        let begun = Instant::now();
+        let mut stages = InjectStages::default();
+        let mut last = begun;
+        let mut lap = || {
+            let now = Instant::now();
+            now.duration_since(std::mem::replace(&mut last, now)).as_micros() as u64
+        };
+        self.clear_up()?;
+        let kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
+            None => self.find()?,
+        };
+        stages.find_us = lap();
+        let (argument, known) = (self.session.argument(), Arc::clone(&kernel));
+        let placed = self.child(move |child| child.place(&known, LOADER, &[&argument]))?;
+        let placed = placed.map_err(|e| unusable(&e))?;
+        stages.place_us = lap();
+        let outcome = self.guest_starts(&placed, &mut |progress| match progress {
+            Progress::Armed => {}
+            Progress::Diverted => stages.hook_us = lap(),
+            Progress::Queued => stages.queue_us = lap(),
+            Progress::Done => stages.exec_us = lap(),
+        });
+        let removed = self.remove(placed);
+        stages.remove_us = lap();
+        let mailbox = match (outcome, removed) {
+            (Ok(()), Ok(mailbox)) => mailbox,
+            (Ok(()), Err(e)) => return Err(unusable(&e)),
+            (Err(progress), removed) => return Err(self.diagnosis(&kernel, progress, removed)),
+        };
+        started(&mailbox)?;
+        if !self.session.greeted(self.deadline.max(Instant::now() + FIRST_WORD)) {
+            let error = ErrorBody::new(ErrorCode::Timeout, "the loader was started in the guest, and says nothing");
+            let hint = "its kernel may forbid programs to use I/O ports (lockdown, or no CONFIG_X86_IOPL_IOPERM)";
+            return Err(error.with_hint(hint));
+        }
+        stages.hello_us = lap();
+        stages.total_us = begun.elapsed().as_micros() as u64;
+        info!(program = self.session.id(), ?stages, "a loader runs");
+        Ok(StartedProgram { id: self.session.id(), stages })
+    }
+
+    /// Removes what an earlier start had to leave.
+    fn clear_up(&self) -> Result<(), ErrorBody> {
+        if let Some(left) = self.operate(|supervisor| supervisor.left_placed.take())? {
+            self.remove(left).map_err(|e| unusable(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Finds the guest's kernel, and has it remembered.
+    fn find(&self) -> Result<Arc<Kernel>, ErrorBody> {
+        let registers = self.registers()?;
+        let kernel = Kernel::find(&Seen(&self.ram), &registers).map_err(|e| unusable(&e))?;
+        let kernel = Arc::new(kernel);
+        let known = Arc::clone(&kernel);
+        self.operate(move |supervisor| supervisor.kernel = Some(known))?;
+        Ok(kernel)
+    }
+
+    fn registers(&self) -> Result<Vec<Registers>, ErrorBody> {
+        let read = self.child(|child| child.registers())?;
+        read.map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))
+    }
+
+    /// Waits until nothing is needed any more that was placed, telling of each step; if that takes too long, says how far it got.
+    fn guest_starts(&self, placed: &Placed, told: &mut dyn FnMut(Progress)) -> Result<(), Progress> {
+        let mut progress = Progress::Armed;
+        loop {
+            let deadline = if progress == Progress::Armed { self.deadline } else { self.deadline + GRACE };
+            let next = placed.injection().wait(progress, deadline);
+            if next == progress {
+                return Err(progress);
+            }
+            progress = next;
+            told(progress);
+            if progress == Progress::Done || placed.is_refused() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn remove(&self, mut placed: Box<Placed>) -> Result<Mailbox, SurgeryError> {
+        loop {
+            let removed = self.child(move |child| child.remove(placed));
+            match removed {
+                Ok(Ok(mailbox)) => return Ok(mailbox),
+                Ok(Err((SurgeryError::Occupied { .. } | SurgeryError::Awaited, left)))
+                    if Instant::now() < self.deadline + GRACE =>
+                {
+                    placed = left;
+                }
+                Ok(Err((e, left))) => {
+                    warn!("what was placed in the guest's kernel stays there: {e}");
+                    let boot = self.boot;
+                    let _ = self.operate(move |supervisor| {
+                        supervisor.left_placed = Some(left).filter(|_| supervisor.boot == boot);
+                    });
+                    return Err(e);
+                }
+                Err(gone) => return Err(SurgeryError::Gone { why: gone.message }),
+            }
+            // Somebody is on the way there, or out.
+            std::thread::sleep(AGAIN);
+        }
+    }
+
+    /// What kept the guest from starting it.
+    fn diagnosis(&self, kernel: &Kernel, progress: Progress, removed: Result<Mailbox, SurgeryError>) -> ErrorBody {
+        let what = match progress {
+            Progress::Armed => "no task of the guest came by its scheduler",
+            Progress::Diverted => "a task of the guest was stopped on its way to start the loader",
+            Progress::Queued => "the guest's kernel was asked to start the loader, and has not",
+            Progress::Done => "the loader was started",
+        };
+        let places = match self.registers() {
+            Ok(registers) => {
+                let place = |(n, registers): (usize, &Registers)| match kernel.nearest(registers.rip) {
+                    _ if registers.cpl != 0 => format!("vCPU {n} is in a program"),
+                    Some((found, offset)) => format!("vCPU {n} is at {}+{offset:#x}", found.symbol.name),
+                    None => format!("vCPU {n} is at {}", registers.rip),
+                };
+                registers.iter().enumerate().map(place).collect::<Vec<_>>().join(", ")
+            }
+            Err(e) => e.message,
+        };
+        let left = match removed {
+            Ok(_) => String::new(),
+            Err(e) => format!("; {e}"),
+        };
+        let error = ErrorBody::new(ErrorCode::Timeout, format!("{what} in time: {places}{left}"));
+        error.with_hint("a guest that hangs starts nothing; 'civic info --guest' still looks at it from outside")
+    }
+
+    /// Does something with the machine as a fork, its vCPUs standing still.
+    fn child<T: Send + 'static>(&self, work: impl FnOnce(&Child<'_>) -> T + Send + 'static) -> Result<T, ErrorBody> {
+        let boot = self.boot;
+        self.operate(move |supervisor| {
+            let gone = || ErrorBody::new(ErrorCode::WrongState, "the guest has reset");
+            let machine = supervisor.machine.as_ref().filter(|_| supervisor.boot == boot).ok_or_else(gone)?;
+            let running = supervisor.shared.status().state != VmState::Paused;
+            let _held = running.then(|| machine.hold_vcpus());
+            let child = machine.child().ok_or_else(gone)?;
+            Ok(work(&child))
+        })?
+    }
+
+    fn operate<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Supervisor) -> T + Send + 'static,
+    ) -> Result<T, ErrorBody> {
+        let (done, wait) = channel();
+        let operation: Operation = Box::new(move |supervisor| drop(done.send(work(supervisor))));
+        let _ = self.sender.send(Message::Operate(operation));
+        wait.recv().map_err(|_| ErrorBody::new(ErrorCode::WrongState, "the VM has ended"))
+    }
+}
+
+fn unusable(error: &(dyn std::error::Error + 'static)) -> ErrorBody {
+    ErrorBody::from_error(ErrorCode::GuestUnusable, error)
+}
+
+/// Whether the guest's kernel has executed the loader, or why not.
+fn started(mailbox: &Mailbox) -> Result<(), ErrorBody> {
+    let refused = |what: &str, errno: i32, hint: &str| {
+        let message = format!("{what}: {}", Errno::from_raw(-errno).desc());
+        let error = ErrorBody::new(ErrorCode::GuestUnusable, message);
+        Err(error.with_hint(format!("{hint} ({:?}, {:#x})", mailbox.stage, mailbox.last)))
+    };
+    match (mailbox.queued, mailbox.finished) {
+        (Some(0), Some(0)) => Ok(()),
+        (Some(0), Some(errno)) => refused(
+            "the guest's kernel could not execute the loader",
+            errno,
+            "it may have no memory or no process left, or a security module that forbids it",
+        ),
+        (Some(errno), _) => refused(
+            "the guest's kernel does not start helpers",
+            errno,
+            "it does not while it boots, sleeps or goes down, and may have no memory left",
+        ),
+        (None, _) => refused("the guest's kernel did not say what came of it", 0, "what it left says more"),
+    }
+}
+
+/// The loader's first frame.
+fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<u8>, ErrorBody> {
+    let invalid = |message: &str| ErrorBody::new(ErrorCode::InvalidRequest, message);
+    let strings =
+        |strings: &[String], what: &str| pack(strings).ok_or_else(|| invalid(&format!("{what} contains a zero byte")));
+    if request.argv.is_empty() {
+        return Err(invalid("there is no program"));
+    }
+    let (argv, env) = (strings(&request.argv, "an argument")?, strings(&request.env, "the environment")?);
+    let cwd = request.cwd.as_deref().map(std::ffi::CString::new).transpose();
+    let cwd = cwd.map_err(|_| invalid("the working directory contains a zero byte"))?;
+    let store = config.disks.iter().find(|disk| disk.id == STORE_ID);
+    let root = match (request.root, store) {
+        (Some(ProgramRoot::Guest), _) | (None, None) => Root::Guest,
+        (Some(ProgramRoot::Store) | None, Some(disk)) => {
+            Root::Store(Store { disk: Disk::Serial(&disk.id), read_only: disk.read_only })
+        }
+        (Some(ProgramRoot::Store), None) => {
+            let error = ErrorBody::new(ErrorCode::WrongState, "the VM has no store");
+            return Err(error.with_hint("give it one: 'civic fork --store IMAGE'"));
+        }
+    };
+    let long = |_| invalid("too many arguments or variables");
+    let launch = Launch {
+        env: Strings::new(&env).map_err(long)?,
+        cwd: cwd.as_deref(),
+        tty: request.tty.map(|size| WindowSize { rows: size.rows, columns: size.columns, width: 0, height: 0 }),
+        freeze: match request.freeze {
+            Freeze::None => wire::Freeze::None,
+            Freeze::Stop => wire::Freeze::Stop,
+            Freeze::Cgroup => wire::Freeze::Cgroup,
+        },
+        thaw_at_end: true,
+        root,
+        timeout_ms: u32::try_from(request.wait_ms).unwrap_or(u32::MAX),
+        ..Launch::new(Strings::new(&argv).map_err(long)?)
+    };
+    let mut bytes = Vec::new();
+    ToGuest::Launch(launch).encode(&mut bytes).map_err(|_| invalid("the arguments and variables are too long"))?;
+    Ok(bytes)
+}
