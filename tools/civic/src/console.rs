@@ -83,7 +83,8 @@ impl Session {
     }
 }
 
-fn read_stdin(to_guest: mpsc::Sender<Vec<u8>>) {
+/// Passes standard input on until its end, or until nobody wants it. For a thread of its own.
+pub fn read_stdin(to_guest: mpsc::Sender<Vec<u8>>) {
     let mut chunk = [0; CHUNK];
     loop {
         match io::stdin().read(&mut chunk) {

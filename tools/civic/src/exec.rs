@@ -9,7 +9,7 @@
 //! Exit status: the program's own, 128 and its signal if one ended it, 126 if it cannot be executed, 127 if it is not there, 124 if it
 //! took longer than it may, 125 for everything that is not the program's fault.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,11 +24,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::cli::ExecArgs;
+use crate::console::read_stdin;
 use crate::rundir::RunDir;
 use crate::terminal::Raw;
 use crate::{Ended, advice, on};
 
-const CHUNK: usize = 8192;
 /// How long a program has that is to end before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 /// What timeout(1) ends with.
@@ -138,7 +138,7 @@ impl Talk {
             let _ = done.send(());
         })?;
         let (typed, input) = mpsc::channel(1);
-        std::thread::Builder::new().name("stdin".into()).spawn(move || read_stdin(&typed))?;
+        std::thread::Builder::new().name("stdin".into()).spawn(move || read_stdin(typed))?;
         tokio::spawn(send_input(input, Arc::clone(&credit), to_guest.clone()));
         tokio::spawn(send(frames, write));
         if tty {
@@ -233,19 +233,6 @@ fn write_output(mut wanted: mpsc::Receiver<Output>) {
             Output::Stderr(bytes) => io::stderr().write_all(bytes),
         };
         broken |= written.is_err();
-    }
-}
-
-fn read_stdin(typed: &mpsc::Sender<Vec<u8>>) {
-    let mut chunk = [0; CHUNK];
-    loop {
-        match io::stdin().read(&mut chunk) {
-            Ok(0) => return,
-            Ok(n) if typed.blocking_send(chunk[..n].to_vec()).is_ok() => {}
-            Ok(_) => return,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
     }
 }
 
