@@ -2,12 +2,14 @@
 //!
 //! A guest can cause log lines as fast as it can reset itself or break a queue. Devices say each thing once; what is left passes a
 //! token bucket, so that a hostile guest's log grows by at most [`REFILL`] bytes a second after a first [`BURST`] bytes. A line that
-//! does not fit is dropped, and the next that fits says how many were.
+//! does not fit is dropped, and the next that fits says how many were. Warnings and errors have a bucket of their own, as large: what
+//! explains a failure is not lost because much was said before it.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Bytes that may come at once.
@@ -18,7 +20,7 @@ pub const REFILL: u64 = 64;
 /// Sends this process's log to stderr; `CIVIC_LOG` chooses what is logged (tracing's filter syntax), by default `info`.
 pub fn start() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("CIVIC_LOG").unwrap_or_else(|_| "info".into());
-    let writer = Limited::new(io::stderr());
+    let writer = Writers { told: Limited::new(io::stderr()), warned: Limited::new(io::stderr()) };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).init();
 }
 
@@ -70,11 +72,21 @@ impl<W: Write> Write for Limited<W> {
     }
 }
 
-impl<W: Write + Send + 'static> MakeWriter<'_> for Limited<W> {
-    type Writer = Self;
+/// Where lines go by how grave they are.
+struct Writers<W> {
+    told: Limited<W>,
+    warned: Limited<W>,
+}
 
-    fn make_writer(&self) -> Self {
-        Self(Arc::clone(&self.0))
+impl<W: Write + Send + 'static> MakeWriter<'_> for Writers<W> {
+    type Writer = Limited<W>;
+
+    fn make_writer(&self) -> Limited<W> {
+        Limited(Arc::clone(&self.told.0))
+    }
+
+    fn make_writer_for(&self, about: &Metadata<'_>) -> Limited<W> {
+        Limited(Arc::clone(if *about.level() <= Level::WARN { &self.warned.0 } else { &self.told.0 }))
     }
 }
 
@@ -101,5 +113,31 @@ mod tests {
         // A clock that stands still or goes back fills nothing.
         bucket.line(&line, start).unwrap();
         assert_eq!((bucket.out.len(), bucket.dropped), (100, 1));
+    }
+
+    #[test]
+    fn a_flood_of_information_leaves_room_for_a_warning() {
+        #[derive(Clone, Default)]
+        struct Shared(Arc<Mutex<Vec<u8>>>);
+        impl Write for Shared {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (told, warned) = (Shared::default(), Shared::default());
+        let writers = Writers { told: Limited::new(told.clone()), warned: Limited::new(warned.clone()) };
+        let subscriber = tracing_subscriber::fmt().with_writer(writers).with_ansi(false).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..BURST / 50 {
+                tracing::info!("a line of information that is at least fifty bytes long");
+            }
+            tracing::warn!("a warning");
+        });
+        assert!(told.0.lock().unwrap().len() as u64 > BURST - 1000);
+        let warned = String::from_utf8(warned.0.lock().unwrap().clone()).unwrap();
+        assert!(warned.contains("a warning") && warned.lines().count() == 1, "{warned}");
     }
 }
