@@ -202,8 +202,10 @@ fn at_once(vm: &mut Vm, dir: &Path) -> Result<()> {
 fn in_use(vm: &mut Vm, host: &Host) -> Result<()> {
     add(vm, &["--disk", &host.disk("busy")])?;
     let name = find_disk(vm, "busy")?;
+    // A dd that comes when the node has gone makes a file of that name, which is no device and must not stay.
     vm.sh(&format!(
-        "(while dd if=/tmp/data of=/dev/{name} bs=64k conv=fsync 2>/dev/null; do :; done; echo ended > /tmp/busy) & true"
+        "(while [ -b /dev/{name} ] && dd if=/tmp/data of=/dev/{name} bs=64k conv=fsync 2>/dev/null; do :; done; \
+         [ -b /dev/{name} ] || rm -f /dev/{name}; echo ended > /tmp/busy) & true"
     ))?;
     remove(vm, "busy")?;
     vm.sh("until [ -e /tmp/busy ]; do sleep 0.1; done; rm /tmp/busy; dmesg -c > /dev/null")?;
