@@ -11,6 +11,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 /// The Debian release that guests, their kernels and the testbed's kernel come from.
 pub const RELEASE: &str = "bookworm";
+/// Releases before and after it, with what is added to them; a mirror need not have each.
+const NEIGHBOURS: [&str; 4] = ["bullseye", "trixie", "trixie-backports", "sid"];
+/// Those of them that have an archive of security updates.
+const SUPPORTED: [&str; 2] = ["bullseye", "trixie"];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// One archive that apt may fetch from.
@@ -90,7 +94,13 @@ fn system_sources() -> Vec<Source> {
 /// `CIVIC_DEBIAN_MIRROR` overrides what the system's configuration says.
 pub fn mirror_lines() -> Result<Vec<String>> {
     let given = std::env::var("CIVIC_DEBIAN_MIRROR").ok();
-    lines_for(&system_sources(), given.as_deref(), &system_codename())
+    lines_for(&system_sources(), given.as_deref(), &system_codename(), &[])
+}
+
+/// The same with the releases before and after.
+fn all_mirror_lines() -> Result<Vec<String>> {
+    let given = std::env::var("CIVIC_DEBIAN_MIRROR").ok();
+    lines_for(&system_sources(), given.as_deref(), &system_codename(), &NEIGHBOURS)
 }
 
 fn system_codename() -> String {
@@ -99,7 +109,7 @@ fn system_codename() -> String {
     codename.unwrap_or(RELEASE).trim_matches('"').to_owned()
 }
 
-fn lines_for(sources: &[Source], given: Option<&str>, codename: &str) -> Result<Vec<String>> {
+fn lines_for(sources: &[Source], given: Option<&str>, codename: &str, neighbours: &[&str]) -> Result<Vec<String>> {
     let with = |suite: &str| {
         let found =
             sources.iter().find(|s| s.suites.iter().any(|x| x == suite) && s.components.iter().any(|c| c == "main"));
@@ -110,8 +120,11 @@ fn lines_for(sources: &[Source], given: Option<&str>, codename: &str) -> Result<
     };
     let entry = |uri: &str, suite: &str| format!("deb [signed-by={KEYRING}] {uri} {suite} main");
     let mut lines: Vec<_> = ["", "-updates", "-backports"].map(|s| entry(&mirror, &format!("{RELEASE}{s}"))).to_vec();
+    lines.extend(neighbours.iter().map(|suite| entry(&mirror, suite)));
     if let Some(security) = with(&format!("{codename}-security")) {
-        lines.push(entry(&security, &format!("{RELEASE}-security")));
+        let supported = SUPPORTED.iter().filter(|release| neighbours.contains(release));
+        let releases = [RELEASE].into_iter().chain(supported.copied());
+        lines.extend(releases.map(|release| entry(&security, &format!("{release}-security"))));
     }
     Ok(lines)
 }
@@ -124,18 +137,31 @@ pub struct Apt {
 impl Apt {
     /// Opens the lists in `cache`, fetching them when there are none or they are older than a day.
     pub fn open(cache: &Path) -> Result<Self> {
-        let apt = Self { dir: cache.join("apt") };
+        Self::open_lists(cache.join("apt"), &mirror_lines()?, true)
+    }
+
+    /// The same with the releases before and after, as far as the mirror has them.
+    pub fn open_all(cache: &Path) -> Result<Self> {
+        Self::open_lists(cache.join("apt-all"), &all_mirror_lines()?, false)
+    }
+
+    fn open_lists(dir: PathBuf, lines: &[String], complete: bool) -> Result<Self> {
+        let apt = Self { dir };
         fs::create_dir_all(apt.dir.join("lists/partial"))?;
         fs::create_dir_all(apt.dir.join("cache/archives/partial"))?;
         let list = apt.dir.join("sources.list");
-        let text = mirror_lines()?.join("\n") + "\n";
+        let text = lines.join("\n") + "\n";
         let stamp = apt.dir.join("updated");
         let age = fs::metadata(&stamp).and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
         if age.is_none_or(|a| a.as_secs() > 86_400) || fs::read_to_string(&list).ok().as_ref() != Some(&text) {
             fs::write(&list, text)?;
             crate::cache::progress("fetching package lists");
             let out = apt.command("apt-get").args(["update", "-q"]).output().context("cannot run apt-get")?;
-            ensure!(out.status.success(), "apt-get update failed:\n{}", String::from_utf8_lossy(&out.stderr));
+            let said = String::from_utf8_lossy(&out.stderr);
+            ensure!(out.status.success() || !complete, "apt-get update failed:\n{said}");
+            for line in said.lines().filter(|line| line.starts_with("E:") && !out.status.success()) {
+                crate::cache::progress(&format!("the mirror has not all releases: {line}"));
+            }
             fs::write(stamp, "")?;
         }
         Ok(apt)
@@ -259,11 +285,15 @@ mod tests {
     #[test]
     fn lines_name_every_suite() {
         let sources = parse_list("deb http://m/debian/ trixie main\ndeb http://s/sec trixie-security main");
-        let lines = lines_for(&sources, None, "trixie").unwrap();
+        let lines = lines_for(&sources, None, "trixie", &[]).unwrap();
         assert_eq!(lines.len(), 4);
         assert!(lines[0].ends_with("http://m/debian bookworm main"));
         assert!(lines[3].ends_with("http://s/sec bookworm-security main"));
-        assert!(lines_for(&[], None, "trixie").is_err());
-        assert_eq!(lines_for(&[], Some("http://g"), "trixie").unwrap().len(), 3);
+        assert!(lines_for(&[], None, "trixie", &[]).is_err());
+        assert_eq!(lines_for(&[], Some("http://g"), "trixie", &[]).unwrap().len(), 3);
+        let all = lines_for(&sources, None, "trixie", &NEIGHBOURS).unwrap();
+        assert_eq!(all.len(), 3 + 4 + 3);
+        assert!(all[3].ends_with("http://m/debian bullseye main"));
+        assert!(all[8].ends_with("http://s/sec bullseye-security main"));
     }
 }

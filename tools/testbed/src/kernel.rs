@@ -14,8 +14,10 @@ use crate::apt::Apt;
 use crate::cache::{self, make_once, progress};
 use crate::modules::Modules;
 
-/// Kernels that guests are tested with. The testbed itself runs the last.
+/// Kernels that all is tested with. The testbed itself runs the last.
 pub const FLAVOURS: [&str; 3] = ["6.1-cloud", "6.12-cloud", "6.12-generic"];
+/// The oldest series whose kernels programs can be started in.
+const OLDEST: [u64; 2] = [5, 10];
 /// The kernel of the testbed.
 pub const HOST_FLAVOUR: &str = "6.12-generic";
 /// Change to have every kernel fetched again.
@@ -62,19 +64,43 @@ impl Kernel {
     }
 }
 
+/// The newest kernel of each series and kind that Debian has now, of the tested release and those before and after: their flavours.
+pub fn available() -> Result<Vec<String>> {
+    let mut flavours: Vec<_> =
+        Apt::open_all(&cache::dir()?)?.search(IMAGES)?.iter().filter_map(|name| flavour_of(name)).collect();
+    flavours.sort();
+    flavours.dedup();
+    Ok(flavours.into_iter().map(|(series, kind)| format!("{}.{}-{kind}", series[0], series[1])).collect())
+}
+
+/// Packages of kernels, by a regular expression.
+const IMAGES: &str = "^linux-image-[0-9].*-amd64$";
+/// What a kernel's files are in: all in the first, or the kernel in the second, or its modules in the third.
+const PARTS: [&str; 3] = ["image", "binary", "modules"];
+
 fn fetch(cache: &Path, flavour: &str, dir: &Path) -> Result<()> {
-    let names = Apt::open(cache)?.search("^linux-image-[0-9].*-amd64$")?;
+    let apt = if FLAVOURS.contains(&flavour) { Apt::open(cache)? } else { Apt::open_all(cache)? };
+    let names = apt.search(IMAGES)?;
     let package = newest(&names, flavour).with_context(|| format!("the mirror has no package for {flavour}"))?;
     progress(&format!("fetching kernel {flavour}: {package}"));
     let root = dir.with_extension("root");
     cache::remove(&root)?;
-    Apt::open(cache)?.unpack(&[package], None, &root)?;
     let version = package.trim_start_matches("linux-image-");
-    fs::create_dir_all(dir.join("lib/modules"))?;
-    fs::rename(root.join(format!("boot/vmlinuz-{version}")), dir.join("vmlinuz"))?;
-    fs::rename(root.join(format!("boot/config-{version}")), dir.join("config"))?;
+    let parts = PARTS.map(|part| format!("linux-{part}-{version}"));
+    let parts = parts.iter().map(String::as_str);
+    let parts: Vec<_> = parts
+        .filter(|part| apt.search(&format!("^{}$", part.replace('+', "[+]"))).is_ok_and(|found| !found.is_empty()))
+        .collect();
+    apt.unpack(&parts, None, &root)?;
     let modules = [root.join("lib/modules"), root.join("usr/lib/modules")].into_iter().find(|p| p.exists());
-    fs::rename(modules.context("the package holds no modules")?.join(version), dir.join("lib/modules").join(version))?;
+    let modules = modules.context("the package holds no modules")?.join(version);
+    fs::create_dir_all(dir.join("lib/modules"))?;
+    for name in ["vmlinuz", "config"] {
+        let places = [root.join(format!("boot/{name}-{version}")), modules.join(name)];
+        let from = places.iter().find(|place| place.exists());
+        fs::rename(from.with_context(|| format!("the package holds no {name}"))?, dir.join(name))?;
+    }
+    fs::rename(modules, dir.join("lib/modules").join(version))?;
     let depmod = Command::new("/sbin/depmod").arg("-b").arg(dir).arg(version).status().context("cannot run depmod")?;
     ensure!(depmod.success(), "depmod failed");
     let vmlinux = payload(&fs::read(dir.join("vmlinuz"))?)?;
@@ -84,18 +110,29 @@ fn fetch(cache: &Path, flavour: &str, dir: &Path) -> Result<()> {
     cache::remove(&root)
 }
 
+/// All numbers of a package's version, and the kernel's kind. None of packages that only name another.
+fn version_of(name: &str) -> Option<(Vec<u64>, &'static str)> {
+    let rest = name.strip_prefix("linux-image-")?.strip_suffix("-amd64")?;
+    let kinds = [("-cloud", "cloud"), ("-rt", "rt"), ("", "generic")];
+    let (rest, kind) = kinds.into_iter().find_map(|(suffix, kind)| Some((rest.strip_suffix(suffix)?, kind)))?;
+    let numbers: Vec<_> = rest.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
+    (rest.split('.').count() > 2 && numbers.len() > 2).then_some((numbers, kind))
+}
+
+/// A package's series and kind, if the series is new enough.
+fn flavour_of(name: &str) -> Option<([u64; 2], &'static str)> {
+    let (numbers, kind) = version_of(name)?;
+    let series = [numbers[0], numbers[1]];
+    (series >= OLDEST).then_some((series, kind))
+}
+
 /// The newest package of a flavour (`6.12-cloud`) among `names`.
 fn newest<'a>(names: &'a [String], flavour: &str) -> Option<&'a str> {
     let (series, kind) = flavour.split_once('-')?;
-    let suffix = if kind == "generic" { "-amd64" } else { "-cloud-amd64" };
-    let version = |name: &'a String| {
-        let rest = name.strip_prefix("linux-image-")?.strip_suffix(suffix)?;
-        let numbers =
-            rest.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse::<u64>().ok()).collect::<Vec<_>>();
-        let other = rest.contains("-cloud") || rest.contains("-rt") || !rest.strip_prefix(series)?.starts_with('.');
-        (!other).then_some((numbers, name.as_str()))
-    };
-    names.iter().filter_map(version).max().map(|(_, name)| name)
+    let (major, minor) = series.split_once('.')?;
+    let wanted = ([major.parse().ok()?, minor.parse().ok()?], kind);
+    let fitting = names.iter().filter(|name| flavour_of(name) == Some(wanted));
+    fitting.max_by_key(|name| version_of(name)).map(String::as_str)
 }
 
 /// The uncompressed kernel inside a bzImage.
@@ -166,7 +203,14 @@ mod tests {
         assert_eq!(newest(&names, "6.1-cloud"), Some("linux-image-6.1.0-52-cloud-amd64"));
         assert_eq!(newest(&names, "6.12-generic"), Some("linux-image-6.12.117+deb12-amd64"));
         assert_eq!(newest(&names, "6.12-cloud"), Some("linux-image-6.12.117+deb12-cloud-amd64"));
+        assert_eq!(newest(&names, "6.12-rt"), Some("linux-image-6.12.117+deb12-rt-amd64"));
         assert_eq!(newest(&names, "7.0-cloud"), None);
+        let flavours: std::collections::BTreeSet<_> = names.iter().filter_map(|name| flavour_of(name)).collect();
+        assert_eq!(
+            flavours.into_iter().collect::<Vec<_>>(),
+            [([6, 1], "cloud"), ([6, 1], "generic"), ([6, 12], "cloud"), ([6, 12], "generic"), ([6, 12], "rt")]
+        );
+        assert_eq!(flavour_of("linux-image-4.19.0-27-amd64"), None);
     }
 
     #[test]

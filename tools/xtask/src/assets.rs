@@ -4,7 +4,7 @@
 //!  assets/FLAVOUR/vmlinuz        the stock kernel's bzImage
 //!  assets/FLAVOUR/vmlinux        the ELF file inside it
 //!  assets/FLAVOUR/version        uname -r
-//!  assets/FLAVOUR/tiny.initrd    the tiny guest's initramfs
+//!  assets/FLAVOUR/tiny.initrd    the tiny guest's initramfs; the last to be made
 //!  assets/FLAVOUR/initrd.img     Debian's own initrd, for debian.img
 //!  assets/debian.img             a Debian root file system (raw ext4)
 //! ```
@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use civic_testbed::cache;
-use civic_testbed::kernel::{FLAVOURS, Kernel};
+use civic_testbed::kernel::{FLAVOURS, Kernel, available};
 
-use crate::tiny;
+use crate::{minimal, tiny};
 
 /// The directory, whether or not it is complete.
 pub fn dir() -> Result<PathBuf> {
@@ -27,18 +27,38 @@ pub fn dir() -> Result<PathBuf> {
 
 /// Kernels and their tiny guests.
 pub fn kernels() -> Result<Vec<Kernel>> {
-    let mut kernels = Vec::new();
-    for flavour in FLAVOURS {
-        let kernel = Kernel::get(flavour)?;
-        let to = dir()?.join(flavour);
-        fs::create_dir_all(&to)?;
-        for name in ["vmlinuz", "vmlinux", "version"] {
-            link(&kernel.dir.join(name), &to.join(name))?;
-        }
-        tiny::build(&kernel, &to.join("tiny.initrd"))?;
-        kernels.push(kernel);
+    FLAVOURS.into_iter().map(kernel).collect()
+}
+
+/// A kernel and its tiny guest.
+pub fn kernel(flavour: &str) -> Result<Kernel> {
+    let kernel = if flavour == minimal::FLAVOUR { minimal::kernel()? } else { Kernel::get(flavour)? };
+    let to = dir()?.join(flavour);
+    fs::create_dir_all(&to)?;
+    for name in ["vmlinuz", "vmlinux", "version"] {
+        link(&kernel.dir.join(name), &to.join(name))?;
     }
-    Ok(kernels)
+    tiny::build(&kernel, &to.join("tiny.initrd"))?;
+    Ok(kernel)
+}
+
+/// Every kernel that Debian has and one of our own, and their tiny guests: for tests that take long.
+pub fn every_kernel() -> Result<()> {
+    available()?.iter().try_for_each(|flavour| kernel(flavour).map(drop))?;
+    kernel(minimal::FLAVOUR).map(drop)
+}
+
+/// The flavours that are there, of those that are always and others.
+pub fn flavours() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir()?)? {
+        let entry = entry?;
+        if entry.path().join("tiny.initrd").exists() {
+            found.extend(entry.file_name().into_string());
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Makes `to` the same file as `from`, unless it is.

@@ -5,6 +5,7 @@ mod bench;
 mod debian;
 mod demo;
 mod fuzz;
+mod minimal;
 mod place;
 mod setup;
 mod test;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use civic_testbed::kernel;
 use clap::{Parser, Subcommand};
 
 use crate::place::{Job, Place};
@@ -55,8 +57,21 @@ enum Cmd {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Fetch the guest kernels and build the tiny guest for each.
-    Kernels,
+    /// Fetch the guest kernels and build the tiny guest for each; or others, which the long tests run as well.
+    #[command(alias = "kernel")]
+    Kernels {
+        /// Series and kind: 5.10-cloud, 6.18-generic, 7.3-rt, ….
+        flavours: Vec<String>,
+        /// The newest of each series and kind that Debian has, of this release and those before and after, and the minimal one.
+        #[arg(long, conflicts_with = "flavours")]
+        all: bool,
+        /// One with little more than guests need, built from Debian's source package: no modules, no tracer, few symbols.
+        #[arg(long, conflicts_with_all = ["all", "flavours"])]
+        minimal: bool,
+        /// Only say which those are.
+        #[arg(long, conflicts_with_all = ["all", "minimal", "flavours"])]
+        list: bool,
+    },
     /// Build the Debian image.
     Images,
     /// Print the folder with kernels and images.
@@ -85,7 +100,16 @@ fn run() -> Result<ExitCode> {
             let place = if testbed { Place::Testbed } else { Place::for_guests().0 };
             Job { program: &program, args: &args, root_image: true, timeout: 3600 }.run(place)?
         }
-        Cmd::Kernels => assets::kernels().map(|_| true)?,
+        Cmd::Kernels { list: true, .. } => {
+            kernel::available()?.iter().for_each(|flavour| println!("{flavour}"));
+            true
+        }
+        Cmd::Kernels { minimal: true, .. } => assets::kernel(minimal::FLAVOUR).map(|_| true)?,
+        Cmd::Kernels { all: true, .. } => assets::every_kernel().map(|()| true)?,
+        Cmd::Kernels { flavours, .. } if flavours.is_empty() => assets::kernels().map(|_| true)?,
+        Cmd::Kernels { flavours, .. } => {
+            flavours.iter().try_for_each(|flavour| assets::kernel(flavour).map(drop)).map(|()| true)?
+        }
         Cmd::Images => debian::build(&assets::kernels()?).map(|()| true)?,
         Cmd::Assets => {
             println!("{}", assets::dir()?.display());

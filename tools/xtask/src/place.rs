@@ -166,9 +166,11 @@ fn pack(folder: &Path, image: &Path) -> Result<()> {
 fn packed_assets() -> Result<PathBuf> {
     let image = cache::dir()?.join("assets.img");
     let mut files = Vec::new();
-    for flavour in FLAVOURS {
-        for name in ["vmlinuz", "vmlinux", "version", "tiny.initrd", "initrd.img"] {
-            let path = assets::dir()?.join(flavour).join(name);
+    for flavour in assets::flavours()? {
+        // Of the others no guest is started from the larger file.
+        let more: &[&str] = if FLAVOURS.contains(&flavour.as_str()) { &["vmlinux", "initrd.img"] } else { &[] };
+        for name in ["vmlinuz", "version", "tiny.initrd"].iter().chain(more) {
+            let path = assets::dir()?.join(&flavour).join(name);
             let Ok(about) = fs::metadata(&path) else { continue };
             files.push((format!("{flavour}/{name}"), path, about.len(), about.modified()?));
         }

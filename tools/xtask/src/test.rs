@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 
 use crate::place::{Job, Place};
-use crate::{fuzz, setup};
+use crate::{assets, fuzz, setup};
 
 /// Seconds an integration test target may take; the testbed is slow.
 const TIMEOUT: u64 = 3600;
@@ -77,6 +77,9 @@ struct Outcome {
 /// Runs all; returns whether all passed.
 pub fn run(args: &Args) -> Result<bool> {
     setup::all()?;
+    if args.long && args.wants(Part::Guests) {
+        assets::every_kernel()?;
+    }
     let mut outcomes = Vec::new();
     let mut step = |name: &str, work: &mut dyn FnMut() -> Result<bool>| {
         println!("== {name}");
