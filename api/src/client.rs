@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::{
-    BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, GuestKernel, NewDevice, PluggedDevice,
+    BalloonConfig, BalloonInfo, ErrorBody, ForkReport, ForkRequest, GuestFiles, GuestKernel, NewDevice, PluggedDevice,
     ProgramRequest, SaveReport, SaveRequest, StartedProgram, VmInfo, routes,
 };
 
@@ -90,7 +90,10 @@ impl Client {
     }
 
     /// What the VM's guest runs, found in its memory. Takes as long as reading some 64 MiB of it.
-    pub async fn guest(&self) -> Result<GuestKernel, ClientError> {
+    pub async fn guest(&self, files: &GuestFiles) -> Result<GuestKernel, ClientError> {
+        if !files.is_empty() {
+            return self.post_patiently(routes::GUEST, files).await;
+        }
         let body = self.fetch(Method::GET, routes::GUEST).await?;
         serde_json::from_slice(&body).map_err(|error| ClientError::Protocol(error.to_string()))
     }

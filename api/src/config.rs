@@ -106,6 +106,10 @@ pub struct VmConfig {
     /// Start even where KVM seems unable to run stock kernels (no `vmx` or `svm` on this host).
     #[serde(default, skip_serializing_if = "is_false")]
     pub any_kvm: bool,
+    /// Let programs be started in this VM itself, and not only in its forks: for an owner who brings what was tried in a fork to where it
+    /// came from.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub allow_programs: bool,
 }
 
 impl VmConfig {

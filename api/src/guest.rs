@@ -1,7 +1,40 @@
 //! What the monitor finds out about a guest's kernel by itself.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+/// Files of the host that belong to a guest's kernel, for one whose own memory does not say enough. Each is believed only if the kernel's
+/// entry points are where the guest's are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestFiles {
+    /// Its `System.map`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub system_map: Option<PathBuf>,
+    /// Its `vmlinux`, with symbols.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub vmlinux: Option<PathBuf>,
+}
+
+impl GuestFiles {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How many symbols a file has told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestFile {
+    /// `System.map` or `vmlinux`.
+    pub file: String,
+    /// How many.
+    pub count: u64,
+}
 
 /// A guest's kernel, found in its memory and registers alone. Addresses are hexadecimal, with `0x`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -26,6 +59,9 @@ pub struct GuestKernel {
     pub per_cpu: Option<PerCpuSymbols>,
     /// Its own symbols (kallsyms).
     pub symbols: Finding<GuestSymbols>,
+    /// What files that were given have told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<GuestFile>,
     /// How many symbols it exports to modules, if the table was found.
     pub exports: Option<u64>,
     /// Its types (BTF).

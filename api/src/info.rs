@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{BalloonInfo, Family, GuestAnswer, SaveProgress};
+use crate::{BalloonInfo, Family, GuestAnswer, ProgramInfo, SaveProgress};
 
 /// Where a VM is in its life.
 ///
@@ -112,6 +112,9 @@ pub struct VmInfo {
     pub vcpus: Vec<VcpuInfo>,
     /// Names of its console ports.
     pub consoles: Vec<String>,
+    /// Programs in it that were started from outside, by number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub programs: Vec<ProgramInfo>,
     /// Its balloon, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonInfo>,

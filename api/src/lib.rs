@@ -39,13 +39,14 @@ pub use fork::{
     ChildVm, FORK_SOCKET_FILE, FailedVm, Family, ForkReport, ForkRequest, ForkStages, ForkedVm, MAX_CHILDREN, Parent,
 };
 pub use guest::{
-    Finding, GuestChecksums, GuestImage, GuestKernel, GuestSymbols, GuestTypes, PerCpuSymbols, SymbolAddresses,
+    Finding, GuestChecksums, GuestFile, GuestFiles, GuestImage, GuestKernel, GuestSymbols, GuestTypes, PerCpuSymbols,
+    SymbolAddresses,
 };
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};
 pub use mac::{MacAddr, MacAddrError};
 pub use program::{
-    Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, PROGRAM_WAIT_MS, ProgramRequest, ProgramRoot, StartedProgram,
-    TerminalSize,
+    Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, PROGRAM_WAIT_MS, ProgramInfo, ProgramNetwork, ProgramRequest,
+    ProgramRoot, StartedProgram, TerminalSize,
 };
 pub use save::{AfterSave, SaveProgress, SaveReport, SaveRequest};
 pub use size::{ByteSize, ByteSizeError};

@@ -1,7 +1,12 @@
 //! Programs that are started in a fork from outside.
 
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+use crate::GuestFiles;
 
 /// How long it may take to have a program started, if nothing else is said, in milliseconds.
 pub const PROGRAM_WAIT_MS: u64 = 30_000;
@@ -29,9 +34,55 @@ pub struct ProgramRequest {
     /// What it sees as `/`; the store, if the VM has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<ProgramRoot>,
+    /// A network card of the VM's to be set up before it starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<ProgramNetwork>,
+    /// Its priority among real-time processes (`SCHED_FIFO`), if it is to be one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 99)]
+    pub realtime: Option<u8>,
+    /// Its niceness, if not the usual.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = -20, maximum = 19)]
+    pub nice: Option<i8>,
+    /// Its user's number; root if absent.
+    #[serde(default, skip_serializing_if = "is_root")]
+    pub uid: u32,
+    /// Its group's number, which is its only group; root's if absent.
+    #[serde(default, skip_serializing_if = "is_root")]
+    pub gid: u32,
+    /// What tells of the guest's kernel, if its own memory does not say enough.
+    #[serde(default, skip_serializing_if = "GuestFiles::is_empty")]
+    pub files: GuestFiles,
     /// How long it may take until it is started, in milliseconds.
     #[serde(default = "usual_wait")]
     pub wait_ms: u64,
+}
+
+/// An IPv4 address for a network card of the guest's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProgramNetwork {
+    /// The card's id in the VM's configuration.
+    pub id: String,
+    /// Its address, and how many bits of it are the network's.
+    #[schema(value_type = String, example = "10.0.0.2/24")]
+    pub address: Ipv4Net,
+    /// Where all other networks are, if anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub gateway: Option<Ipv4Addr>,
+    /// Its greatest packet in bytes, if not what it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 68)]
+    pub mtu: Option<u16>,
+    /// Leave the VM's other cards up. Otherwise they are taken down first: a fork's have its source's addresses, and lead nowhere.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_others: bool,
+}
+
+fn is_root(id: &u32) -> bool {
+    *id == 0
 }
 
 fn usual_wait() -> u64 {
@@ -78,6 +129,19 @@ pub struct StartedProgram {
     pub id: u64,
     /// How long what took.
     pub stages: InjectStages,
+}
+
+/// A program in a VM that was started from outside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ProgramInfo {
+    /// Its number in this VM.
+    pub id: u64,
+    /// It and its arguments.
+    pub argv: Vec<String>,
+    /// How long ago it was asked for, in milliseconds.
+    pub age_ms: u64,
+    /// Its loader has been heard of.
+    pub started: bool,
 }
 
 /// How long the stages of starting a loader took, in microseconds.

@@ -14,6 +14,7 @@ pub mod image;
 pub mod kernel;
 pub mod pci;
 pub mod ports;
+pub mod program;
 pub mod state;
 pub mod virtio;
 
@@ -32,7 +33,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 10] = [API, CONFIG, GUEST, IMAGE, KERNEL, PCI, PORTS, QCOW2, STATE, VIRTIO];
+pub const TARGETS: [Target; 11] = [API, CONFIG, GUEST, IMAGE, KERNEL, PCI, PORTS, PROGRAM, QCOW2, STATE, VIRTIO];
 
 /// [`api`]: requests.
 pub const API: Target = Target { name: "api", run: api::run, seeds: api::seeds };
@@ -48,6 +49,8 @@ pub const KERNEL: Target = Target { name: "kernel", run: kernel::run, seeds: ker
 pub const PCI: Target = Target { name: "pci", run: pci::run, seeds: pci::seeds };
 /// [`ports`].
 pub const PORTS: Target = Target { name: "ports", run: ports::run, seeds: ports::seeds };
+/// [`program`].
+pub const PROGRAM: Target = Target { name: "program", run: program::run, seeds: program::seeds };
 /// [`virtio::qcow2`].
 pub const QCOW2: Target = Target { name: "qcow2", run: virtio::qcow2::run, seeds: virtio::qcow2::seeds };
 /// [`state`].

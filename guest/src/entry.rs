@@ -4,7 +4,8 @@
 //!  (endbr64, or what it was sealed with: 4 bytes)   nop, or call to ftrace: 5 bytes   function …
 //! ```
 
-use crate::memory::{Absent, Gva};
+use crate::memory::{Absent, Gva, PhysicalMemory};
+use crate::paging::KernelImage;
 
 /// Bytes of a slot.
 pub const SLOT: usize = 5;
@@ -51,6 +52,14 @@ pub enum EntrySlot {
 }
 
 impl EntrySlot {
+    /// The slot of a function in a kernel's image, as it is now.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn at(image: &KernelImage, memory: &dyn PhysicalMemory, function: Gva) -> Result<Self, SlotError> {
+        Ok(Self::of(function, &code(image, memory, function)?))
+    }
+
     /// The slot of the function at `at`, which begins with `code`.
     pub fn of(at: Gva, code: &[u8; ENTRY]) -> Self {
         let landing = LANDINGS.iter().any(|landing| code.starts_with(landing));
@@ -62,6 +71,21 @@ impl EntrySlot {
             _ => Self::None,
         }
     }
+}
+
+/// The first bytes of a function in a kernel's image, as they are now.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn code<const N: usize>(
+    image: &KernelImage,
+    memory: &dyn PhysicalMemory,
+    function: Gva,
+) -> Result<[u8; N], SlotError> {
+    let last = image.to_physical(function.plus(N as u64 - 1));
+    let first = image.to_physical(function).filter(|_| last.is_some());
+    let first = first.ok_or(SlotError::Outside { at: function })?;
+    Ok(memory.bytes(first)?)
 }
 
 #[cfg(test)]

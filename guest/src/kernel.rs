@@ -11,7 +11,7 @@ pub use report::{BtfReport, HintReport, KallsymsReport, Report};
 use crate::anchors::Anchors;
 use crate::btf::{Btf, Member, NoBtf, Prototype, TypeError};
 use crate::bytes::string_at;
-use crate::entry::{ENTRY, EntrySlot, SlotError};
+use crate::entry::{EntrySlot, SlotError};
 use crate::exports::Exports;
 use crate::hints::{File, Hint, HintError, Hints};
 use crate::image::Image;
@@ -336,10 +336,7 @@ impl Kernel {
 
     /// The slot at the entry of a function, as it is now.
     pub fn entry_slot(&self, memory: &dyn PhysicalMemory, function: Gva) -> Result<EntrySlot, SlotError> {
-        let last = self.image.to_physical(function.plus(ENTRY as u64 - 1));
-        let first = self.image.to_physical(function).filter(|_| last.is_some());
-        let first = first.ok_or(SlotError::Outside { at: function })?;
-        Ok(EntrySlot::of(function, &memory.bytes(first)?))
+        EntrySlot::at(&self.image, memory, function)
     }
 
     /// The kernel's functions as they are now, and the table that maps its image, to be compared with what they are later. None where it

@@ -16,6 +16,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::memory::{Absent, Gpa, Gva, PhysicalMemory};
 use crate::registers::Registers;
 
@@ -230,7 +232,7 @@ pub enum NoImage {
 }
 
 /// Where the kernel's image is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelImage {
     /// Its first byte, which is `_text`.
     pub base: Gva,

@@ -6,13 +6,13 @@
 //!                                   └──── cleanup rings first (the helper overtook us) ────▶ Done, once the stub has rung
 //! ```
 //!
-//! The trap stands in the five bytes that the kernel keeps free at a function's entry, so whoever meets it otherwise goes on behind them as
-//! if nothing had been there. The task that is diverted gets all its registers back when the stub has rung, on the vCPU that it is on by
-//! then: none of its own instructions runs twice or not at all, and it returns through nothing of ours.
+//! Whoever meets the trap otherwise goes on where its site says. The task that is diverted gets all its registers back when the stub has
+//! rung, on the vCPU that it is on by then: none of its own instructions runs twice or not at all, and it returns through nothing of ours.
 
 use civic_guest::memory::Gva;
 
-use crate::code::{Code, Ring};
+use crate::code::{Code, OUT_LEN, Ring};
+use crate::site::Site;
 
 /// What a vCPU is to do after it has left the guest by a trap.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,33 +43,26 @@ pub enum Progress {
 /// The traps of one injection. `R` is a vCPU's registers.
 #[derive(Debug)]
 pub struct Hook<R> {
-    /// The first of the five bytes.
-    entry: Gva,
-    /// The instruction behind them.
-    behind: Gva,
+    site: Site,
     code: Code,
     diverted: Option<R>,
     queued: bool,
     finished: bool,
 }
 
-/// Length of a trap, and of the place that it stands in.
-const TRAP: u64 = crate::code::OUT_LEN;
-const PLACE: u64 = 5;
-
 impl<R: Clone> Hook<R> {
-    /// With a trap at `entry`, the start of five bytes that do nothing.
-    pub fn new(entry: Gva, code: Code) -> Self {
-        Self { entry, behind: entry.plus(PLACE), code, diverted: None, queued: false, finished: false }
+    /// With a trap at `site`.
+    pub fn new(site: Site, code: Code) -> Self {
+        Self { site, code, diverted: None, queued: false, finished: false }
     }
 
     /// Tells what a vCPU is to do that has just done the `out` before `rip`. `resume_at` gives its registers, to go on at an address.
     pub fn meet(&mut self, rip: Gva, resume_at: impl FnOnce(Gva) -> R) -> Turn<R> {
-        if rip == self.entry.plus(TRAP) {
+        if rip == self.site.at.plus(OUT_LEN) {
             if self.diverted.is_some() || self.queued {
-                return Turn::GoTo(self.behind);
+                return Turn::GoTo(self.site.on);
             }
-            self.diverted = Some(resume_at(self.behind));
+            self.diverted = Some(resume_at(self.site.on));
             return Turn::GoTo(self.code.stub());
         }
         match self.code.ring(rip) {

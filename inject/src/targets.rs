@@ -5,6 +5,7 @@
 
 use civic_guest::kernel::{CurrentError, Kernel, MemberError, SymbolError};
 use civic_guest::memory::Gva;
+use serde::{Deserialize, Serialize};
 
 /// Why a kernel is not one that we can start a program in.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,7 +53,7 @@ pub enum Unfit {
 }
 
 /// Addresses of functions, and offsets of members in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the kernel's own names")]
 pub struct Targets {
     pub call_usermodehelper_setup: Gva,

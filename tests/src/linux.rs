@@ -396,6 +396,12 @@ impl Vm {
         Ok(out)
     }
 
+    /// The `civic` command with this run directory, for a shell.
+    pub fn command_line(&self) -> Result<String> {
+        let program = from_env("CIVIC_BIN_DIR")?.join("civic");
+        Ok(format!("{} --run-dir {}", program.display(), self.run_dir.path().display()))
+    }
+
     /// What is found out about the guest's kernel from outside.
     pub fn guest(&self) -> Result<GuestKernel> {
         Ok(serde_json::from_str(&self.civic(&["info", "--guest", "--json"])?)?)

@@ -15,7 +15,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("civic-loader", &[]),
     ("civic-vmm", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-inject"]),
     // What builds and tests the product; nothing depends on these but each other.
-    ("civic-fuzz", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-vmm"]),
+    ("civic-fuzz", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-inject", "civic-vmm"]),
     ("civic-testbed", &[]),
     ("civic-tests", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-vmm"]),
     ("xtask", &["civic-testbed"]),

@@ -105,7 +105,7 @@ fn main() {
             trials.push(trial(name("often"), move || plugged::tiny(often.clone(), 200)).with_ignored_flag(true));
         }
     }
-    for kernel in KERNELS {
+    for kernel in KERNELS.into_iter().chain(other_kernels()) {
         for cpus in [1, 4] {
             let spec = Spec { image: Image::BzImage, kernel, ..tiny("256M", cpus, &[]) };
             let name = |kind: &str| format!("injected::{kind}::{kernel}::{cpus}cpu");
@@ -116,6 +116,11 @@ fn main() {
         }
     }
     trials.push(trial("injected::wedged".into(), || injected::wedged(&tiny("256M", 2, &[]))));
+    trials.push(trial("injected::traced".into(), || injected::traced(&tiny("256M", 2, &[]))));
+    trials.push(trial("injected::allowed".into(), || injected::allowed(&tiny("256M", 2, &["--allow-programs"]))));
+    trials.push(trial("injected::locked_down".into(), || injected::locked_down(&tiny("256M", 2, &[]))));
+    trials.push(trial("injected::equipped".into(), || injected::equipped(&tiny("256M", 2, &[]))));
+    trials.push(trial("injected::broken".into(), || injected::broken(&tiny("256M", 2, &[]))));
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times::tiny".into(), hundred).with_ignored_flag(true));
     for kernel in KERNELS {
@@ -138,6 +143,18 @@ fn main() {
     trials.push(trial("without_initrd".into(), without_initrd));
     trials.push(trial("sixteen_vcpus".into(), sixteen_vcpus).with_ignored_flag(true));
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Kernels that programs are started in besides: of the other folders of `CIVIC_ASSETS`, which `cargo xtask kernels` makes.
+fn other_kernels() -> Vec<&'static str> {
+    let Ok(assets) = from_env("CIVIC_ASSETS") else { return Vec::new() };
+    let folders = std::fs::read_dir(assets).into_iter().flatten().flatten();
+    let names = folders.filter(|folder| folder.path().join("tiny.initrd").exists());
+    let names = names.filter_map(|folder| folder.file_name().into_string().ok());
+    let mut names: Vec<_> = names.filter(|name| !KERNELS.contains(&name.as_str())).collect();
+    names.sort();
+    // As long as the tests run.
+    names.into_iter().map(|name| &*name.leak()).collect()
 }
 
 /// How often a test is tried where the emulated host has provably failed.

@@ -15,8 +15,8 @@
 use std::sync::Arc;
 
 use civic_api::{
-    DeviceInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, GuestKernel, NewDevice, ProgramRequest, SaveReport,
-    SaveRequest, StartedProgram, VmInfo,
+    DeviceInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, GuestFiles, GuestKernel, NewDevice, ProgramRequest,
+    SaveReport, SaveRequest, StartedProgram, VmInfo,
 };
 use civic_devices::console_hub::ConsoleHub;
 use tokio::sync::oneshot;
@@ -44,7 +44,7 @@ pub enum Command {
     /// Running, stopping or paused → the same; answered when the children run.
     Fork(ForkRequest),
     /// The guest's kernel is to be found in its memory; answered when it is.
-    Examine,
+    Examine(GuestFiles),
     /// A program is to be started in the guest; answered when its loader runs there.
     StartProgram(ProgramRequest),
     /// A device is to be plugged in; answered when it is. What the guest makes of it, the view tells.

@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::GenerationId;
+use civic_inject::plan::Plan;
 use serde::{Deserialize, Serialize};
 
 use self::disks::DiskStateV1;
@@ -71,6 +72,8 @@ pub struct Go {
     pub boots: u64,
     /// How long it has run.
     pub run: Duration,
+    /// What its source knows of the guest's kernel, to start programs there.
+    pub plan: Option<Box<Plan>>,
 }
 
 /// From the child.

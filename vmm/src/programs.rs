@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use civic_api::ProgramInfo;
 use civic_devices::virtio::GuestRam;
 use civic_guest::memory::{Gva, PhysicalMemory};
 use civic_guest::paging::AddressSpace;
@@ -31,9 +32,14 @@ use crate::traps::Trap;
 pub const PORT: u16 = 0x6c0;
 
 /// Bytes that are kept of what a program has said, and of what it is told, at most.
-const ROOM: usize = 4 * (HEADER + MAX_PAYLOAD);
+pub const ROOM: usize = 4 * (HEADER + MAX_PAYLOAD);
 /// Programs at a time.
 pub const MOST: usize = 64;
+
+/// RFLAGS.RF: no breakpoint stops the next instruction (Intel SDM 3B §18.3.1.1).
+const RESUME: u64 = 1 << 16;
+/// Bytes of the instruction at which loaders are stopped.
+const KNOCK_LEN: u64 = 1;
 
 const PAGE: u64 = 4096;
 const EINVAL: i64 = -22;
@@ -49,6 +55,9 @@ pub struct Programs {
 /// One program.
 pub struct Session {
     id: u64,
+    /// The program and its arguments, for people.
+    argv: Vec<String>,
+    begun: Instant,
     /// What the loader says to be believed.
     token: u64,
     state: Mutex<Talk>,
@@ -83,7 +92,7 @@ impl Programs {
     ///
     /// # Errors
     /// When there are [`MOST`], or the system gives no random numbers.
-    pub fn begin(&self, launch: Vec<u8>) -> Result<Arc<Session>, String> {
+    pub fn begin(&self, argv: &[String], launch: Vec<u8>) -> Result<Arc<Session>, String> {
         let mut token = [0; 8];
         getrandom::fill(&mut token).map_err(|e| format!("no random numbers: {e}"))?;
         let mut sessions = self.sessions();
@@ -93,6 +102,8 @@ impl Programs {
         }
         let session = Arc::new(Session {
             id: self.last.fetch_add(1, Ordering::Relaxed) + 1,
+            argv: argv.to_vec(),
+            begun: Instant::now(),
             token: u64::from_le_bytes(token),
             state: Mutex::new(Talk { to_guest: launch.into(), ..Talk::default() }),
             heard: Condvar::new(),
@@ -105,6 +116,11 @@ impl Programs {
     /// The session of this number, unless all of it is over.
     pub fn session(&self, id: u64) -> Option<Arc<Session>> {
         self.sessions().get(&id).cloned()
+    }
+
+    /// Those that are not over.
+    pub fn running(&self) -> Vec<ProgramInfo> {
+        self.sessions().values().filter_map(|session| session.info()).collect()
     }
 
     /// Forgets a session.
@@ -203,6 +219,12 @@ impl Session {
         self.tell_all();
     }
 
+    fn info(&self) -> Option<ProgramInfo> {
+        let talk = self.talk();
+        let age_ms = self.begun.elapsed().as_millis() as u64;
+        (!talk.over).then(|| ProgramInfo { id: self.id, argv: self.argv.clone(), age_ms, started: talk.greeted })
+    }
+
     fn is_done(&self) -> bool {
         let talk = self.talk();
         talk.over && (talk.deaf || talk.from_guest.is_empty())
@@ -217,8 +239,8 @@ impl Session {
         self.changed.notify_one();
     }
 
-    /// What the loader says: takes as much as there is room for.
-    fn hear(&self, bytes: impl FnOnce(usize) -> Option<Vec<u8>>) -> i64 {
+    /// What the loader says: takes as much of it as there is room for, which `bytes` is told. As the answer to its hypercall.
+    pub fn hear(&self, bytes: impl FnOnce(usize) -> Option<Vec<u8>>) -> i64 {
         let mut talk = self.talk();
         if talk.over {
             return EPIPE;
@@ -261,19 +283,27 @@ pub struct Knocking {
     pub programs: Arc<Programs>,
     /// Where their buffers are.
     pub ram: GuestRam,
+    /// Where they are stopped that may use no port.
+    pub breakpoint: Option<Gva>,
 }
 
 impl Trap for Knocking {
     fn meet(&self, fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         let regs = fd.get_regs()?;
-        let Some(session) = self.programs.by_token(regs.r8) else { return Ok(()) };
+        let stopped = self.breakpoint == Some(Gva(regs.rip));
+        let session = self.programs.by_token(regs.r8);
+        let Some(session) = session else {
+            // Another program that has an instruction there: past the breakpoint.
+            return fd.set_regs(&kvm_regs { rflags: regs.rflags | if stopped { RESUME } else { 0 }, ..regs });
+        };
         let space = AddressSpace::of(&registers(fd)?);
         let answer = match (space, regs.rax as u32) {
             (Some(space), OP_SEND) => session.hear(|room| self.fetch(&space, regs.rdi, regs.rsi.min(room as u64))),
             (Some(space), OP_RECV) => self.give(&session, &space, regs.rdi, regs.rsi),
             _ => EINVAL,
         };
-        fd.set_regs(&kvm_regs { rax: answer as u64, ..regs })
+        let rip = if stopped { regs.rip.wrapping_add(KNOCK_LEN) } else { regs.rip };
+        fd.set_regs(&kvm_regs { rax: answer as u64, rip, ..regs })
     }
 }
 

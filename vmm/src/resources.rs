@@ -316,7 +316,7 @@ fn open_hub(port: &str, log: &Path) -> Result<Arc<ConsoleHub>, ResourceError> {
 }
 
 /// Opens a file for reading. A FIFO or a device would make the reader wait, or never end.
-fn open_regular(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let file = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {

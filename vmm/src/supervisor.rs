@@ -35,7 +35,7 @@ use civic_api::{
 };
 use civic_devices::console_hub::ConsoleHub;
 use civic_devices::virtio::balloon::BalloonControl;
-use civic_guest::kernel::Kernel;
+use civic_inject::plan::Plan;
 use tracing::{error, info, warn};
 
 use self::forking::{PauseRequest, StillRequest};
@@ -151,6 +151,7 @@ impl View for Shared {
                 .chain(config.consoles.iter().map(|console| console.id.as_str()))
                 .map(str::to_owned)
                 .collect(),
+            programs: self.programs.running(),
             balloon: status.balloon.as_ref().map(balloon::info),
             family: self.family.info(),
             saving: status.saving.as_ref().map(|meter| meter.read()),
@@ -251,8 +252,10 @@ pub struct Supervisor {
     injecting: bool,
     /// What a start of a loader had to leave in the guest's kernel.
     left_placed: Option<Box<Placed>>,
-    /// The guest's kernel, once it was wanted.
-    kernel: Option<Arc<Kernel>>,
+    /// What is needed to start programs in the guest, once that is known.
+    plan: Option<Plan>,
+    /// How often that was looked for since the guest started, for its forks.
+    looked: u8,
     /// Devices on their way.
     plugging: Plugging,
     /// The disks, once the first fork was wanted.
@@ -306,6 +309,7 @@ impl Supervisor {
         let (lost, family) = (sender.clone(), Arc::clone(&shared.family));
         shared.family.born_of(go.generation);
         let mut this = Self::around(machine, shared, resources, (sender, inbox), Some((go.boots, go.run)));
+        this.plan = go.plan.map(|plan| *plan);
         if go.paused {
             let mut status = this.shared.status();
             status.state = VmState::Paused;
@@ -358,7 +362,8 @@ impl Supervisor {
             forking: false,
             injecting: false,
             left_placed: None,
-            kernel: None,
+            plan: None,
+            looked: 0,
             plugging: Plugging::default(),
             freezable: None,
             lifeline: None,
@@ -391,8 +396,8 @@ impl Supervisor {
                     self.begin_fork(request, reply);
                     None
                 }
-                Ok(Message::Api(Request { command: Command::Examine, reply })) => {
-                    self.begin_examination(reply);
+                Ok(Message::Api(Request { command: Command::Examine(files), reply })) => {
+                    self.begin_examination(files, reply);
                     None
                 }
                 Ok(Message::Api(Request { command: Command::StartProgram(request), reply })) => {
@@ -430,6 +435,7 @@ impl Supervisor {
                 }
                 Ok(Message::Forked) => {
                     self.forking = false;
+                    self.learn();
                     self.may_go();
                     None
                 }
@@ -730,7 +736,7 @@ impl Supervisor {
     /// Drops the machine and starts the next one in its place. A VM that was paused meanwhile stays paused.
     fn reboot(&mut self) -> Result<(), ErrorBody> {
         self.boot += 1;
-        (self.kernel, self.left_placed) = (None, None);
+        (self.plan, self.looked, self.left_placed) = (None, 0, None);
         self.shared.programs.reset();
         // The target may have been changed since the VM was configured.
         let target = self.machine.as_ref().and_then(Machine::balloon).map(BalloonControl::target);
@@ -799,7 +805,7 @@ fn command_name(command: &Command) -> &'static str {
         Command::SetBalloon(_) => "set the balloon of",
         Command::Save(_) => "save",
         Command::Fork(_) => "fork",
-        Command::Examine => "examine the guest of",
+        Command::Examine(_) => "examine the guest of",
         Command::StartProgram(_) => "start a program in",
         Command::Plug(_) => "plug a device into",
         Command::Unplug { .. } => "remove a device from",

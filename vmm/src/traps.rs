@@ -1,7 +1,7 @@
 //! Ports at which not only what a vCPU writes is wanted, but the vCPU itself: its registers, between two of its instructions.
 //!
 //! An `out` to such a port is completed first, so the instruction pointer is behind it, and whoever has the port may change any register.
-//! Everybody else in the guest finds nobody at the port.
+//! Everybody else in the guest finds nobody at the port. Beside them there can be one breakpoint, where a vCPU stands before the instruction.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 
 /// Somebody at a port.
 pub trait Trap: Send + Sync {
-    /// A vCPU has written to the port and stands still, on its own thread. Must not wait for another vCPU.
+    /// A vCPU has written to the port, or has come to the breakpoint, and stands still, on its own thread. Must not wait for another vCPU.
     ///
     /// # Errors
     /// When KVM refuses its registers: then it cannot go on.
@@ -22,6 +22,7 @@ pub trait Trap: Send + Sync {
 #[derive(Default)]
 pub struct Traps {
     ports: RwLock<BTreeMap<u16, Arc<dyn Trap>>>,
+    breakpoint: RwLock<Option<Arc<dyn Trap>>>,
     /// Mirrors that there are any, so that exits take no lock.
     any: AtomicBool,
 }
@@ -39,6 +40,16 @@ impl Traps {
         let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
         ports.remove(&port);
         self.any.store(!ports.is_empty(), Ordering::Release);
+    }
+
+    /// Puts somebody at the breakpoint, wherever that is, in place of whoever was there.
+    pub fn insert_breakpoint(&self, trap: Arc<dyn Trap>) {
+        *self.breakpoint.write().unwrap_or_else(PoisonError::into_inner) = Some(trap);
+    }
+
+    /// Who is at the breakpoint.
+    pub fn at_breakpoint(&self) -> Option<Arc<dyn Trap>> {
+        self.breakpoint.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Who is at a port.

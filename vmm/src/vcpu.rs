@@ -288,7 +288,7 @@ enum Left {
     Served,
     /// By a kick.
     Kicked,
-    /// By writing to a port where somebody wants the vCPU.
+    /// By writing to a port where somebody wants the vCPU, or by coming to a breakpoint.
     Trapped(Arc<dyn Trap>),
 }
 
@@ -404,6 +404,13 @@ impl<R: Fn(VcpuEvent)> Vcpu<R> {
             Ok(VcpuExit::InternalError) => {
                 let what = page.internal_error();
                 return Err(VcpuEvent::Failed(format!("KVM cannot emulate vCPU {}: {what}", self.index)));
+            }
+            Ok(VcpuExit::Debug(_)) => {
+                exits.other.add(1);
+                match self.buses.traps.at_breakpoint() {
+                    Some(trap) => return Ok(Left::Trapped(trap)),
+                    None => true,
+                }
             }
             Ok(VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_) | VcpuExit::Hlt) => {
                 exits.other.add(1);

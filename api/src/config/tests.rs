@@ -26,6 +26,7 @@ fn config() -> VmConfig {
         forks: ForksConfig::default(),
         overcommit: false,
         any_kvm: false,
+        allow_programs: false,
     }
 }
 

@@ -1,7 +1,7 @@
 //! How bytes come from the monitor and go to it: what the loader's argument says.
 //!
-//! * `port:HEX:TOKEN`: hypercalls through an I/O port, both numbers hexadecimal. Nothing of the guest's is in between, and there is nothing to
-//!   wait at;
+//! * `port:HEX:TOKEN`: hypercalls through an I/O port, both numbers hexadecimal, or at a breakpoint of the monitor's where the guest's kernel
+//!   allows no port. Nothing of the guest's is in between, and there is nothing to wait at;
 //! * `fd:N`: a stream socket or character device that is open as N;
 //! * `path:NAME`: a character device, such as a port of the virtio console.
 #![allow(unsafe_code)]
@@ -14,11 +14,16 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, ioctl_fionbio, read, write};
 
 use crate::sys;
+use crate::time::{Deadline, sleep_ms};
 
 /// Ports from the named one on that an access of four bytes touches.
 const PORTS: usize = 4;
 /// How often to bring pages back for one hypercall: other processes may take them away just as fast, but not so often in a row.
 const TRIES: usize = 100;
+
+/// How long the monitor may take to find that it needs a breakpoint, and how often to see, in milliseconds.
+const BREAKPOINT_MS: u64 = 30_000;
+const LOOK_MS: u64 = 3;
 
 /// There is no host any more, or it has never been there.
 pub struct Lost;
@@ -74,8 +79,11 @@ impl AnyChannel {
 
 /// Hypercalls: see `civic_loader::OP_SEND`.
 pub struct Port {
-    port: u16,
+    /// None where ports are forbidden.
+    port: Option<u16>,
     token: u64,
+    /// Somebody has answered.
+    answered: bool,
 }
 
 impl Port {
@@ -83,8 +91,28 @@ impl Port {
         let (port, token) = name.split_once(':').ok_or(Lost)?;
         let port = u16::from_str_radix(port, 16).map_err(|_| Lost)?;
         let token = u64::from_str_radix(token, 16).map_err(|_| Lost)?;
-        sys::ioperm(port, PORTS, true).map_err(|_| Lost)?;
-        Ok(Self { port, token })
+        let port = sys::ioperm(port, PORTS, true).is_ok().then_some(port);
+        Ok(Self { port, token, answered: false })
+    }
+
+    /// One hypercall; the answer to one that nobody hears is no count.
+    fn call(&mut self, op: u32, buffer: *mut u8, len: usize) -> i64 {
+        if let Some(port) = self.port {
+            // SAFETY: `open` was allowed to use the port, which the monitor named because it listens there. The callers' buffers are valid
+            // for what the operation does.
+            return unsafe { sys::hypercall(port, op, self.token, buffer, len) };
+        }
+        let deadline = Deadline::after_ms(BREAKPOINT_MS);
+        loop {
+            // SAFETY: the callers' buffers are valid for what the operation does.
+            let answer = unsafe { sys::knock(op, self.token, buffer, len) };
+            let heard = answer != i64::from(op);
+            if heard || self.answered || deadline.passed() {
+                self.answered |= heard;
+                return answer;
+            }
+            sleep_ms(LOOK_MS);
+        }
     }
 
     /// What the answer to a hypercall for `len` bytes means; `None`: to be tried again, with the pages there.
@@ -97,10 +125,8 @@ impl Channel for Port {
     fn send(&mut self, bytes: &[u8]) -> Result<usize, Lost> {
         let attempt = || {
             sys::map_for_reading(bytes);
-            // SAFETY: `open` was allowed to use the port, which the monitor named because it listens there; it only reads the buffer.
-            let answer =
-                unsafe { sys::hypercall(self.port, OP_SEND, self.token, bytes.as_ptr().cast_mut(), bytes.len()) };
-            Self::count(answer, bytes.len())
+            // The monitor only reads it.
+            Self::count(self.call(OP_SEND, bytes.as_ptr().cast_mut(), bytes.len()), bytes.len())
         };
         core::iter::repeat_with(attempt).take(TRIES).flatten().next().unwrap_or(Ok(0))
     }
@@ -108,9 +134,7 @@ impl Channel for Port {
     fn recv(&mut self, into: &mut [u8]) -> Result<usize, Lost> {
         let attempt = || {
             sys::map_for_writing(into);
-            // SAFETY: as in `send`; it writes within the buffer, which is ours.
-            let answer = unsafe { sys::hypercall(self.port, OP_RECV, self.token, into.as_mut_ptr(), into.len()) };
-            Self::count(answer, into.len())
+            Self::count(self.call(OP_RECV, into.as_mut_ptr(), into.len()), into.len())
         };
         core::iter::repeat_with(attempt).take(TRIES).flatten().next().unwrap_or(Ok(0))
     }

@@ -53,5 +53,10 @@ pub const OP_SEND: u32 = 0x4356_0001;
 /// Hypercall: the host gives bytes. As [`OP_SEND`].
 pub const OP_RECV: u32 = 0x4356_0002;
 
+/// Where the guest's kernel lets nobody use ports (lockdown), hypercalls are made here: so many bytes from the loader's first instruction,
+/// where the host has a breakpoint. The registers are as otherwise, but for DX; the host goes on behind this instruction of one byte.
+/// Without a breakpoint RAX stays what it was.
+pub const KNOCK: u64 = 16;
+
 /// Answer to a hypercall: a page of the buffer is not mapped now. Touch all of them and try again.
 pub const UNMAPPED: i64 = -11;

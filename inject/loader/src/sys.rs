@@ -215,6 +215,25 @@ pub unsafe fn hypercall(port: u16, op: u32, token: u64, buffer: *mut u8, len: us
     result
 }
 
+/// The same without a port: see `civic_loader::KNOCK`.
+///
+/// # Safety
+/// As there, but for the port.
+pub unsafe fn knock(op: u32, token: u64, buffer: *mut u8, len: usize) -> i64 {
+    let result: i64;
+    // SAFETY: the caller's; what is called does nothing but return.
+    unsafe {
+        asm!(
+            "call civic_knock",
+            inlateout("rax") u64::from(op) => result,
+            in("rdi") buffer,
+            in("rsi") len,
+            in("r8") token,
+        );
+    }
+    result
+}
+
 /// Reads a byte of each page of `bytes`, so that they can all be read.
 pub fn map_for_reading(bytes: &[u8]) {
     for byte in in_each_page(bytes.len()).map(|index| &bytes[index]) {

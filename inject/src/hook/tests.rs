@@ -8,6 +8,10 @@ const SLOT: Gva = Gva(0xffff_ffff_8000_0000);
 type Registers = (char, Gva);
 
 fn hook() -> Hook<Registers> {
+    hook_at(Site::slot(ENTRY))
+}
+
+fn hook_at(site: Site) -> Hook<Registers> {
     let at = Gva(0xffff_ffff_8100_0000);
     let targets = Targets {
         call_usermodehelper_setup: at,
@@ -28,7 +32,7 @@ fn hook() -> Hook<Registers> {
         info_path: 0,
         info_retval: 0,
     };
-    Hook::new(ENTRY, Code::new(&targets, SLOT, b"", &[]).unwrap())
+    Hook::new(site, Code::new(&targets, SLOT, b"", &[]).unwrap())
 }
 
 /// Behind the ring that is of this kind.
@@ -56,6 +60,16 @@ fn one_task_is_diverted_and_gets_its_own_registers_back() {
     assert_eq!(meet(&mut hook, 'd', finished), Turn::Return);
     assert_eq!(hook.progress(), Progress::Done);
     assert_eq!(meet(&mut hook, 'e', trap), Turn::GoTo(on));
+}
+
+#[test]
+fn who_has_no_slot_waits_for_the_instruction() {
+    let mut hook = hook_at(Site::instruction(ENTRY));
+    let queued = behind(&hook, Ring::Queued);
+    assert_eq!(meet(&mut hook, 'a', ENTRY.plus(2)), Turn::GoTo(SLOT));
+    assert_eq!(meet(&mut hook, 'b', ENTRY.plus(2)), Turn::GoTo(ENTRY));
+    assert_eq!(meet(&mut hook, 'a', queued), Turn::Restore(('a', ENTRY)));
+    assert_eq!(meet(&mut hook, 'b', ENTRY.plus(2)), Turn::GoTo(ENTRY));
 }
 
 #[test]

@@ -84,6 +84,7 @@ impl Setup {
             forks: ForksConfig::default(),
             overcommit: false,
             any_kvm: true,
+            allow_programs: false,
         };
         let run_dir = root.path().join("run");
         Self { root, config, user: None, run_dir }

@@ -54,6 +54,8 @@ pub enum Command {
         /// Show what kernel the guest runs, found in its memory; nothing in the guest helps.
         #[arg(long)]
         guest: bool,
+        #[command(flatten)]
+        files: KernelFiles,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -360,6 +362,20 @@ pub struct ExecArgs {
     /// Its working directory; / if not given.
     #[arg(long, short = 'w', value_name = "DIR")]
     pub workdir: Option<String>,
+    /// Set up a network card of the fork's first, and take its others down: CARD=ADDRESS/BITS[,gw=ADDRESS][,mtu=BYTES][,keep-others].
+    #[arg(long, value_name = "CARD", value_parser = program_network)]
+    pub ip: Option<civic_api::ProgramNetwork>,
+    /// Its user, and group: numbers. Root's if not given.
+    #[arg(long, short = 'u', value_name = "UID[:GID]", value_parser = user)]
+    pub user: Option<(u32, u32)>,
+    /// A real-time process (SCHED_FIFO) of this priority: it goes on where the guest's own processes take all time.
+    #[arg(long, value_name = "PRIORITY", value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub realtime: Option<u8>,
+    /// Its niceness.
+    #[arg(long, value_name = "NICENESS", value_parser = clap::value_parser!(i8).range(-20..=19), allow_hyphen_values = true)]
+    pub nice: Option<i8>,
+    #[command(flatten)]
+    pub files: KernelFiles,
     /// How long it may run, in seconds: then it is ended, and killed 5 seconds later.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
@@ -372,6 +388,28 @@ pub struct ExecArgs {
     /// The program and its arguments.
     #[arg(required = true, last = true, value_name = "PROGRAM")]
     pub program: Vec<String>,
+}
+
+/// Files that belong to the guest's kernel.
+#[derive(Clone, Debug, Default, Args)]
+pub struct KernelFiles {
+    /// The System.map of the guest's kernel, for one that was built without its symbols.
+    #[arg(long, value_name = "FILE")]
+    pub system_map: Option<PathBuf>,
+    /// The vmlinux of the guest's kernel, with symbols.
+    #[arg(long, value_name = "FILE")]
+    pub vmlinux: Option<PathBuf>,
+}
+
+impl KernelFiles {
+    /// As the monitor wants them.
+    pub fn absolute(&self) -> anyhow::Result<civic_api::GuestFiles> {
+        let path = |path: &Option<PathBuf>, flag| path.as_ref().map(|path| absolute(path, flag)).transpose();
+        Ok(civic_api::GuestFiles {
+            system_map: path(&self.system_map, "--system-map")?,
+            vmlinux: path(&self.vmlinux, "--vmlinux")?,
+        })
+    }
 }
 
 /// `--freeze`.
@@ -408,6 +446,30 @@ impl From<RootArg> for civic_api::ProgramRoot {
             RootArg::Guest => Self::Guest,
         }
     }
+}
+
+fn user(text: &str) -> Result<(u32, u32), String> {
+    let number = |text: &str| text.parse().map_err(|_| format!("'{text}' is no number of a user or group"));
+    let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
+    Ok((number(uid)?, number(gid)?))
+}
+
+fn program_network(text: &str) -> Result<civic_api::ProgramNetwork, String> {
+    let (card, rest) = text.split_once('=').ok_or("what is wanted is CARD=ADDRESS/BITS")?;
+    let (address, options) = rest.split_once(',').unwrap_or((rest, ""));
+    let address = address.parse().map_err(|_| format!("'{address}' is no IPv4 address with /BITS behind it"))?;
+    let mut network =
+        civic_api::ProgramNetwork { id: card.into(), address, gateway: None, mtu: None, keep_others: false };
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        let value = |value: &str| format!("'{value}' is no value of '{option}'");
+        match option.split_once('=') {
+            Some(("gw", gateway)) => network.gateway = Some(gateway.parse().map_err(|_| value(gateway))?),
+            Some(("mtu", mtu)) => network.mtu = Some(mtu.parse().map_err(|_| value(mtu))?),
+            None if option == "keep-others" => network.keep_others = true,
+            _ => return Err(format!("'{option}' is none of gw=, mtu=, keep-others")),
+        }
+    }
+    Ok(network)
 }
 
 fn variable(text: &str) -> Result<String, String> {
@@ -556,6 +618,9 @@ pub struct RunArgs {
     /// Start even where KVM seems unable to run stock kernels.
     #[arg(long)]
     pub any_kvm: bool,
+    /// Let programs be started in this VM itself by 'civic exec', and not only in its forks: to bring to it what was tried in a fork.
+    #[arg(long)]
+    pub allow_programs: bool,
 }
 
 impl RunArgs {
@@ -600,6 +665,7 @@ impl RunArgs {
             forks: self.forks.as_ref().map(forks).transpose()?.unwrap_or_default(),
             overcommit: self.overcommit,
             any_kvm: self.any_kvm,
+            allow_programs: self.allow_programs,
         };
         config.validate().map_err(|error| {
             let flag = error.field().flag();
@@ -617,6 +683,7 @@ impl RunArgs {
             ("--balloon", self.balloon.is_some()),
             ("--forks", self.forks.is_some()),
             ("--console", !self.consoles.is_empty()),
+            ("--allow-programs", self.allow_programs),
         ];
         if let Some((flag, _)) = saved_with.into_iter().find(|(_, given)| *given) {
             let message = format!("{flag}: a restored VM has what it was saved with");
@@ -803,6 +870,35 @@ mod tests {
         }
         assert!(run_args("civic run --name web --kernel k --allow-changed-disks").is_err());
         assert!(run_args("civic run --name web").unwrap_err().to_string().contains("--kernel"));
+    }
+
+    #[test]
+    fn a_programs_card_and_user() {
+        let args =
+            |options: &str| match Cli::try_parse_from(format!("civic exec web-1 {options} -- ps").split_whitespace())?
+                .command
+            {
+                Command::Exec(args) => Ok::<_, clap::Error>(args),
+                command => panic!("{command:?}"),
+            };
+        let all =
+            args("--ip own=10.0.0.2/24,gw=10.0.0.1,mtu=1400,keep-others --user 33:34 --realtime 9 --nice -5").unwrap();
+        let ip = all.ip.unwrap();
+        assert_eq!((ip.id.as_str(), ip.address.to_string().as_str(), ip.mtu), ("own", "10.0.0.2/24", Some(1400)));
+        assert_eq!((ip.gateway, ip.keep_others), (Some([10, 0, 0, 1].into()), true));
+        assert_eq!((all.user, all.realtime, all.nice), (Some((33, 34)), Some(9), Some(-5)));
+        assert_eq!(args("-u 33").unwrap().user, Some((33, 0)));
+        for wrong in [
+            "--ip own",
+            "--ip own=10.0.0.2",
+            "--ip own=10.0.0.2/33",
+            "--ip own=10.0.0.2/24,x",
+            "--user web",
+            "--realtime 0",
+            "--nice 20",
+        ] {
+            assert!(args(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

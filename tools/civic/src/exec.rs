@@ -48,6 +48,12 @@ pub async fn exec(dir: &RunDir, args: ExecArgs) -> Result<()> {
         tty: tty.map(|size| TerminalSize { rows: size.rows, columns: size.columns }),
         freeze: args.freeze.map_or_else(Default::default, Into::into),
         root: args.root.map(Into::into),
+        network: args.ip.clone(),
+        realtime: args.realtime,
+        nice: args.nice,
+        uid: args.user.map_or(0, |(uid, _)| uid),
+        gid: args.user.map_or(0, |(_, gid)| gid),
+        files: args.files.absolute()?,
         wait_ms: args.wait.saturating_mul(1000),
     };
     let name = &args.name;

@@ -213,6 +213,7 @@ mod tests {
             devices: vec![],
             vcpus: vec![],
             consoles: vec![],
+            programs: vec![],
             balloon: None,
             family: Family { parent, ..Family::default() },
             saving: None,

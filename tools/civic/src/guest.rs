@@ -2,14 +2,16 @@
 
 use civic_api::{ByteSize, Finding, GuestKernel, PerCpuSymbols, SymbolAddresses};
 
+use crate::cli::KernelFiles;
 use crate::on;
 use crate::rundir::RunDir;
 use crate::show::{print, print_json};
 use crate::table::printable;
 
 /// Asks for it, and shows it.
-pub async fn info(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<()> {
-    let kernel = on(dir, name, async |vm| vm.guest().await).await?;
+pub async fn info(dir: &RunDir, name: &str, files: &KernelFiles, json: bool) -> anyhow::Result<()> {
+    let files = files.absolute()?;
+    let kernel = on(dir, name, async |vm| vm.guest(&files).await).await?;
     if json { print_json(&kernel) } else { print(&describe(&kernel)) }
 }
 
@@ -45,7 +47,8 @@ fn describe(kernel: &GuestKernel) -> String {
         PerCpuSymbols::Offsets => "offsets from GS",
         PerCpuSymbols::Addresses => "addresses in the image",
     });
-    let lines = [
+    let told = kernel.files.iter().map(|file| format!("{}: {} symbols", file.file, file.count)).collect::<Vec<_>>();
+    let mut lines = vec![
         ("release", kernel.release.clone().unwrap_or_else(unknown)),
         ("version", kernel.version.clone().unwrap_or_else(unknown)),
         ("image", format!("{} at {}, {}", ByteSize(image.bytes), image.base, slid(image.slide))),
@@ -64,7 +67,9 @@ fn describe(kernel: &GuestKernel) -> String {
                 |sums: civic_api::GuestChecksums| format!("code {:08x}, its mapping {:08x}", sums.text, sums.mapping);
             kernel.checksums.map_or_else(unknown, shown)
         }),
+        ("files", told.join(", ")),
         ("stood still", format!("{} µs of {} µs", kernel.stopped_us, kernel.took_us)),
     ];
+    lines.retain(|(key, _)| *key != "files" || !told.is_empty());
     lines.iter().map(|(key, value)| format!("{:13}{}\n", format!("{key}:"), printable(value))).collect()
 }

@@ -78,8 +78,8 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
         match cli.command {
             Command::Run(args) => run::run(&dir, *args).await,
             Command::List { json } => show::list(&dir, json).await,
-            Command::Info { name, guest: true, json } => guest::info(&dir, &name, json).await,
-            Command::Info { name, guest: false, json } => show::info(&dir, &name, json).await,
+            Command::Info { name, guest: true, files, json } => guest::info(&dir, &name, &files, json).await,
+            Command::Info { name, guest: false, json, .. } => show::info(&dir, &name, json).await,
             Command::Console { name, port } => console::attach(&dir, &name, &port).await,
             Command::Pause { name } => on(&dir, &name, async |vm| vm.pause().await).await,
             Command::Resume { name } => on(&dir, &name, async |vm| vm.resume().await).await,

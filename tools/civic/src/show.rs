@@ -135,6 +135,17 @@ fn describe(info: &VmInfo) -> String {
         })
         .collect();
     text.push_str(&format!("\n{}", table(["VCPU", "EXITS"], &vcpus)));
+    let programs: Vec<_> = info
+        .programs
+        .iter()
+        .map(|program| {
+            let state = if program.started { duration(program.age_ms) } else { "being started".into() };
+            [program.id.to_string(), state, program.argv.join(" ")]
+        })
+        .collect();
+    if !programs.is_empty() {
+        text.push_str(&format!("\n{}", table(["PROGRAM", "RUNS", "COMMAND"], &programs)));
+    }
     text
 }
 
@@ -259,6 +270,7 @@ mod tests {
             }],
             vcpus: vec![VcpuInfo { index: 0, exits: [("hlt".to_owned(), 7)].into() }],
             consoles: vec!["serial".into()],
+            programs: vec![],
             balloon: None,
             family: civic_api::Family::default(),
             saving: None,
@@ -313,7 +325,12 @@ mod tests {
     fn a_vm_with_a_balloon_that_is_being_saved() {
         let balloon = BalloonInfo { target_bytes: 1 << 30, actual_bytes: 1 << 29, ..BalloonInfo::default() };
         let saving = SaveProgress { bytes_done: 1 << 20, bytes_total: 4 << 20 };
-        let text = describe(&VmInfo { balloon: Some(balloon), saving: Some(saving), ..vm() });
+        let program =
+            |id, started| civic_api::ProgramInfo { id, argv: vec!["ps".into(), "aux".into()], age_ms: 61_000, started };
+        let programs = vec![program(3, true), program(4, false)];
+        let text = describe(&VmInfo { programs, balloon: Some(balloon), saving: Some(saving), ..vm() });
+        assert!(text.contains("3        1m01s          ps aux\n"), "{text}");
+        assert!(text.contains("4        being started  ps aux\n"), "{text}");
         assert!(text.contains("\nballoon:  has 512M of 1G\nsaving:   1M of 4M\n"), "{text}");
     }
 

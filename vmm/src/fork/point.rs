@@ -19,6 +19,7 @@ use civic_devices::mirror::MirrorSink;
 use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::pager::{ChildId, GenerationId};
 use civic_fork::source::PageService;
+use civic_inject::plan::Plan;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::info;
 
@@ -62,6 +63,8 @@ pub struct Paused {
     pub boots: u64,
     /// How long it has run.
     pub run: Duration,
+    /// As in [`Go`].
+    pub plan: Option<Plan>,
 }
 
 /// A fork to be made.
@@ -123,9 +126,10 @@ impl Fork {
         let gone = || ErrorBody::new(ErrorCode::ForkFailed, "the VM has ended");
         let paused = pause(asked).recv().unwrap_or_else(|_| Err(gone())).map_err(give_up)?;
         let born = Instant::now();
-        let Paused { sections, config, generation, mut mirrors, disks: frozen, mut stages, boots, run } = paused;
+        let Paused { sections, config, generation, mut mirrors, disks: frozen, mut stages, boots, run, plan } = paused;
         let numbered = family.next_number();
-        let go = Go { generation: numbered, config, paused: request.paused, boots, run };
+        let plan = plan.map(Box::new);
+        let go = Go { generation: numbered, config, paused: request.paused, boots, run, plan };
         let sent = hand_over(&children, &sections, &go, &disks, &frozen);
         family.freeze(&serving, (numbered, generation), ids, frozen.into_iter().flatten().collect());
         if let Err(e) = sent {

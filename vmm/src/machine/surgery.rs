@@ -4,21 +4,22 @@
 //! place:   annex shown ─▶ page directory entry ─▶ trap at schedule()        remove: trap ─▶ entry ─▶ annex, each as it was
 //! ```
 //!
-//! Changing is for forks alone: [`Child`] is the only way to it, and there is none of a machine that runs on memory of its own.
+//! Changing is for forks alone: [`Child`] is the only way to it, and there is none of a machine that runs on memory of its own, unless its
+//! owner has given [`Consent`] when it was started.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use civic_api::VmConfig;
 use civic_devices::virtio::GuestRam;
-use civic_guest::entry::{EntrySlot, SlotError};
-use civic_guest::kernel::Kernel;
 use civic_guest::memory::{Absent, Gpa, Gva, PhysicalMemory};
 use civic_guest::paging::AddressSpace;
 use civic_guest::registers::Registers;
 use civic_inject::code::{Code, CodeError, Mailbox, OUT, PORT};
 use civic_inject::hook::{Hook, Progress, Turn};
-use civic_inject::targets::{Targets, Unfit};
-use kvm_bindings::kvm_regs;
+use civic_inject::plan::{CROSSROADS, Plan};
+use civic_inject::site::{NoSite, Site};
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_regs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -28,13 +29,13 @@ use crate::kvm::KvmError;
 use crate::kvm::slots::Annex;
 use crate::traps::Trap;
 
-/// The function whose entry gets the trap: every task comes by that is not running for ever.
-const CROSSROADS: &str = "schedule";
-
 /// Present, writable, accessed, dirty, 2 MiB: executable and the kernel's own (Intel SDM 3A §4.5).
 const ENTRY_FLAGS: u64 = 0xe3;
 /// What the processor changes in an entry by itself.
 const ENTRY_TRACES: u64 = 0x60;
+
+/// DR7: a breakpoint in all tasks, when the instruction at DR0 is about to run (Intel SDM 3B §18.2.4).
+const EXECUTION_AT_DR0: u64 = 0x402;
 
 /// RAM, as what reads guest kernels wants it.
 pub struct Seen<'a>(pub &'a GuestRam);
@@ -49,21 +50,12 @@ impl PhysicalMemory for Seen<'_> {
 /// Why nothing can be placed in a guest's kernel, or it cannot be removed.
 #[derive(Debug, thiserror::Error)]
 pub enum SurgeryError {
-    /// The kernel lacks something.
-    #[error(transparent)]
-    Unfit(#[from] Unfit),
     /// Its scheduler has no place for a trap.
-    #[error("the guest's kernel has no free place at the entry of {CROSSROADS}() (CONFIG_FUNCTION_TRACER): {found:?}")]
-    NoPlace {
-        /// What is there.
-        found: EntrySlot,
-    },
+    #[error("the guest's kernel has no place for a trap at the entry of {CROSSROADS}()")]
+    NoPlace(#[from] NoSite),
     /// No room within reach of its code.
     #[error("the page table of the guest's kernel has no free entry")]
     NoRoom,
-    /// Where a function begins cannot be read.
-    #[error(transparent)]
-    Slot(#[from] SlotError),
     /// Its memory is not where its page tables say.
     #[error(transparent)]
     Memory(#[from] Absent),
@@ -96,7 +88,18 @@ pub enum SurgeryError {
     Kvm(#[from] KvmError),
 }
 
-/// A machine that is a fork, so that what happens to it happens to nobody else. Its vCPUs stand still.
+/// That the owner of a VM which is no fork lets programs be started in it.
+#[derive(Clone, Copy, Debug)]
+pub struct Consent(());
+
+impl Consent {
+    /// As the VM was configured.
+    pub fn of(config: &VmConfig) -> Option<Self> {
+        config.allow_programs.then_some(Self(()))
+    }
+}
+
+/// A machine that is a fork, so that what happens to it happens to nobody else; or its owner knows. Its vCPUs stand still.
 pub struct Child<'a>(&'a Machine);
 
 impl Machine {
@@ -114,9 +117,19 @@ impl Machine {
         self.traps.insert(port, trap);
     }
 
-    /// The machine as one that may be changed from outside, if it is. Its vCPUs must stand still as long as that is used.
-    pub fn child(&self) -> Option<Child<'_>> {
-        self.is_forked().then_some(Child(self))
+    fn serve_at(&self, at: Gva, trap: Arc<dyn Trap>) -> Result<(), KvmError> {
+        self.traps.insert_breakpoint(trap);
+        let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
+        debug.arch.debugreg[0] = at.0;
+        debug.arch.debugreg[7] = EXECUTION_AT_DR0;
+        let set = self.vcpus.each(move |fd| fd.set_guest_debug(&debug));
+        set.into_iter().flatten().try_for_each(|set| set.map_err(KvmError::refused("set a breakpoint")))
+    }
+
+    /// The machine as one that may be changed from outside: a fork, or one whose owner consents. Its vCPUs must stand still as long as that
+    /// is used.
+    pub fn child(&self, consent: Option<Consent>) -> Option<Child<'_>> {
+        (self.is_forked() || consent.is_some()).then_some(Child(self))
     }
 }
 
@@ -124,7 +137,7 @@ impl Machine {
 pub struct Placed {
     injection: Arc<Injection>,
     trapped: bool,
-    entry: Gva,
+    site: Site,
     trap: Gpa,
     before: [u8; OUT.len()],
     directory: Gpa,
@@ -141,33 +154,37 @@ impl Child<'_> {
         self.0.registers()
     }
 
+    /// Stops every vCPU that comes to `at`, of whatever process, for somebody, from now on. The guest's own hardware breakpoints are
+    /// without effect then.
+    ///
+    /// # Errors
+    /// What KVM says.
+    pub fn serve_at(&self, at: Gva, trap: Arc<dyn Trap>) -> Result<(), KvmError> {
+        self.0.serve_at(at, trap)
+    }
+
     /// Has the first task that comes by start the loader.
     ///
     /// # Errors
     /// When the kernel is not one where that can be: then nothing has changed.
-    pub fn place(&self, kernel: &Kernel, loader: &[u8], arguments: &[&str]) -> Result<Box<Placed>, SurgeryError> {
+    pub fn place(&self, plan: &Plan, loader: &[u8], arguments: &[&str]) -> Result<Box<Placed>, SurgeryError> {
         let memory = &self.0.memory.ram;
-        let targets = Targets::of(kernel)?;
-        let crossroads = kernel.function(CROSSROADS).map_err(|source| Unfit::Function { name: CROSSROADS, source })?;
-        let entry = match kernel.entry_slot(&Seen(memory), crossroads)? {
-            EntrySlot::Free { at } => at,
-            found => return Err(SurgeryError::NoPlace { found }),
-        };
-        let image = kernel.image();
-        let trap = image.to_physical(entry).ok_or(SurgeryError::NoRoom)?;
+        let image = &plan.image;
+        let site = Site::of(image, &Seen(memory), plan.crossroads)?;
+        let trap = image.to_physical(site.at).ok_or(SurgeryError::NoRoom)?;
         let mut before = [0; OUT.len()];
         Seen(memory).read(trap, &mut before)?;
         let free = image.free_slots(&Seen(memory))?.first().copied().ok_or(SurgeryError::NoRoom)?;
-        let code = Code::new(&targets, free.at, loader, arguments)?;
+        let code = Code::new(&plan.targets, free.at, loader, arguments)?;
         let window = self.0.sockets.layout.annex();
         let annex = Annex::show(&self.0.vm, memory, window.start.into(), window.len, code.bytes())?;
         let mapping = window.start.0 | ENTRY_FLAGS;
-        let injection = Injection::new(Hook::new(entry, code), memory);
+        let injection = Injection::new(Hook::new(site, code), memory);
         self.0.traps.insert(PORT.into(), Arc::clone(&injection) as _);
         self.write(free.entry, &mapping.to_le_bytes())?;
         self.write(trap, &OUT)?;
         let directory = free.entry;
-        Ok(Box::new(Placed { injection, trapped: true, entry, trap, before, directory, mapping, annex }))
+        Ok(Box::new(Placed { injection, trapped: true, site, trap, before, directory, mapping, annex }))
     }
 
     /// Takes it away again: the kernel's text and page tables are then as before.
@@ -182,8 +199,11 @@ impl Child<'_> {
         }
     }
 
-    /// From now on nobody else is diverted.
-    fn untrap(&self, placed: &mut Placed) -> Result<(), SurgeryError> {
+    /// Takes the trap away: from now on nobody else is diverted, and who waits there goes on. May be done before the rest.
+    ///
+    /// # Errors
+    /// When something else stands there.
+    pub fn untrap(&self, placed: &mut Placed) -> Result<(), SurgeryError> {
         let mut trap = [0; OUT.len()];
         Seen(&self.0.memory.ram).read(placed.trap, &mut trap)?;
         if placed.trapped && trap != OUT {
@@ -200,7 +220,8 @@ impl Child<'_> {
             return Err(SurgeryError::Awaited);
         }
         let memory = Seen(&self.0.memory.ram);
-        let inside = |at: Gva| placed.injection.hook().code().contains(at) || at == placed.entry.plus(OUT.len() as u64);
+        let inside =
+            |at: Gva| placed.injection.hook().code().contains(at) || at == placed.site.at.plus(OUT.len() as u64);
         if let Some(vcpu) = self.0.registers()?.iter().position(|registers| inside(registers.rip)) {
             return Err(SurgeryError::Occupied { vcpu });
         }
@@ -221,6 +242,11 @@ impl Child<'_> {
 }
 
 impl Placed {
+    /// Whether tasks wait at the trap until it is taken away.
+    pub fn holds_up(&self) -> bool {
+        self.trapped && self.site.waits()
+    }
+
     /// What the vCPUs have come to.
     pub fn injection(&self) -> &Arc<Injection> {
         &self.injection

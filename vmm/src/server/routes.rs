@@ -11,10 +11,12 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use civic_api::launch::{ForkConfig, RestoreConfig};
-use civic_api::routes::{BALLOON, CONSOLE_PROTOCOL, CONSOLES, DISKS, FORK, MAX_BODY_BYTES, NETS, PROGRAMS, SAVE};
+use civic_api::routes::{
+    BALLOON, CONSOLE_PROTOCOL, CONSOLES, DISKS, FORK, GUEST, MAX_BODY_BYTES, NETS, PROGRAMS, SAVE,
+};
 use civic_api::{
-    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, GuestKernel, NewDevice, SaveReport,
-    SaveRequest, VmConfig, VmInfo, VmState, doctor,
+    BalloonConfig, BalloonInfo, ErrorBody, ErrorCode, ForkReport, ForkRequest, GuestFiles, GuestKernel, NewDevice,
+    SaveReport, SaveRequest, VmConfig, VmInfo, VmState, doctor,
 };
 use civic_devices::console_hub::ConsoleHub;
 use hyper::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
@@ -80,7 +82,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(fork))
         .routes(routes!(balloon, set_balloon))
         .routes(routes!(vm_metrics))
-        .routes(routes!(guest))
+        .routes(routes!(guest, guest_with_files))
         .routes(routes!(openapi_json))
         .routes(routes!(console))
         .merge(devices::documented())
@@ -127,7 +129,7 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
 
     let takes_body = matches!(
         (request.method(), request.uri().path()),
-        (&Method::POST, SAVE | FORK | DISKS | NETS | CONSOLES | PROGRAMS) | (&Method::PUT, BALLOON)
+        (&Method::POST, SAVE | FORK | DISKS | NETS | CONSOLES | PROGRAMS | GUEST) | (&Method::PUT, BALLOON)
     );
     let (parts, body) = request.into_parts();
     let body = match tokio::time::timeout(api.limits.body, axum::body::to_bytes(body, MAX_BODY_BYTES)).await {
@@ -335,7 +337,30 @@ async fn vm_metrics(State(api): State<Api>) -> Result<Response, Failure> {
 ))]
 async fn guest(State(api): State<Api>, Extension(patience): Extension<Patience>) -> Result<Json<GuestKernel>, Failure> {
     let _patience = patience.hold();
-    match api.control.command(Command::Examine).await? {
+    examine(&api, GuestFiles::default()).await
+}
+
+/// The guest's kernel, with the help of files.
+///
+/// As GET, for a kernel whose memory does not say enough: built without its symbols.
+#[utoipa::path(post, path = "/v1/guest", request_body = GuestFiles, responses(
+    (status = 200, body = GuestKernel),
+    (status = 400, description = "A file cannot be read", body = ErrorBody),
+    (status = 409, description = "It was never started", body = ErrorBody),
+    (status = 422, description = "No kernel was found, or a file is another kernel's", body = ErrorBody),
+))]
+async fn guest_with_files(
+    State(api): State<Api>,
+    Extension(patience): Extension<Patience>,
+    files: Result<Json<GuestFiles>, JsonRejection>,
+) -> Result<Json<GuestKernel>, Failure> {
+    let Json(files) = files.map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.body_text()))?;
+    let _patience = patience.hold();
+    examine(&api, files).await
+}
+
+async fn examine(api: &Api, files: GuestFiles) -> Result<Json<GuestKernel>, Failure> {
+    match api.control.command(Command::Examine(files)).await? {
         Answer::Examined(kernel) => Ok(Json(*kernel)),
         _ => Err(ErrorBody::internal("the examination was answered with something else").into()),
     }

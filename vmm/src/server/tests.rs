@@ -92,6 +92,7 @@ impl View for Fake {
             boots: 3,
             started_at_ms: None,
             run_ms: 1500,
+            programs: Vec::new(),
             balloon: self.balloon.lock().unwrap().clone(),
             family: civic_api::Family::default(),
             saving: None,

@@ -1,24 +1,35 @@
 //! The guest's kernel, found from outside: the supervisor takes the vCPUs' registers, a thread reads the memory while the guest runs on.
 
+use std::io::{self, Read};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use civic_api::{
-    ErrorBody, ErrorCode, Finding, GuestChecksums, GuestImage, GuestKernel, GuestSymbols, GuestTypes, PerCpuSymbols,
-    SymbolAddresses, VmState,
+    ErrorBody, ErrorCode, Finding, GuestChecksums, GuestFile, GuestFiles, GuestImage, GuestKernel, GuestSymbols,
+    GuestTypes, PerCpuSymbols, SymbolAddresses, VmState,
 };
+use civic_guest::hints::Hints;
 use civic_guest::kallsyms::Addresses;
 use civic_guest::kernel::{Checksums, Kernel, PerCpu, Report};
 use civic_guest::registers::Registers;
+use civic_inject::plan::Plan;
 use tracing::{info, warn};
 
-use super::{Supervisor, wrong_state};
+use super::injecting::Operation;
+use super::{Message, Supervisor, wrong_state};
 use crate::control::{Answer, Command, Reply};
 use crate::machine::Machine;
 use crate::machine::surgery::Seen;
+use crate::resources::open_regular;
+
+/// How often a VM that is forked looks at its guest for the forks' sake: what is no Linux will not become one.
+const MOST_LOOKS: u8 = 3;
+/// As much of a file as is read: kernels with all their debugging information are smaller.
+const LARGEST_FILE: u64 = 2 << 30;
 
 impl Supervisor {
     /// Starts to look for the guest's kernel; the reply comes when it is found, or is not.
-    pub(super) fn begin_examination(&self, reply: Reply) {
+    pub(super) fn begin_examination(&self, files: GuestFiles, reply: Reply) {
         let begun = Instant::now();
         let registers = match self.registers() {
             Ok(registers) => registers,
@@ -28,7 +39,11 @@ impl Supervisor {
         let Some(memory) = self.machine.as_ref().map(|machine| machine.memory().ram.clone()) else { return };
         let look = move || {
             let memory = Seen(&memory);
-            let found = Kernel::find(&memory, &registers);
+            let contents = match Contents::read(&files) {
+                Ok(contents) => contents,
+                Err(e) => return drop(reply.send(Err(e))),
+            };
+            let found = Kernel::find_with(&memory, &registers, &contents.hints());
             let took = begun.elapsed();
             info!(?stopped, ?took, found = found.is_ok(), "looked for the guest's kernel");
             let answer = found.map(|kernel| {
@@ -45,6 +60,31 @@ impl Supervisor {
         }
     }
 
+    /// Has what is needed to start programs in the guest be found beside, so that the next forks know it from the start. Nobody waits for
+    /// it, and where it is not found, as in a guest that still boots, the forks look for themselves.
+    pub(super) fn learn(&mut self) {
+        if self.plan.is_some() || self.looked >= MOST_LOOKS {
+            return;
+        }
+        self.looked += 1;
+        let (Ok(registers), Some(machine)) = (self.registers(), &self.machine) else { return };
+        let (memory, sender, boot) = (machine.memory().ram.clone(), self.sender.clone(), self.boot);
+        let look = move || {
+            let memory = Seen(&memory);
+            let found = Kernel::find(&memory, &registers).ok();
+            let Some(plan) = found.and_then(|kernel| Plan::of(&kernel, &memory).ok()) else { return };
+            let tell: Operation = Box::new(move |supervisor| {
+                if supervisor.boot == boot {
+                    supervisor.plan = Some(plan);
+                }
+            });
+            let _ = sender.send(Message::Operate(tell));
+        };
+        if let Err(e) = std::thread::Builder::new().name("examiner".into()).spawn(look) {
+            warn!("cannot start a thread to look at the guest: {e}");
+        }
+    }
+
     fn registers(&self) -> Result<Vec<Registers>, ErrorBody> {
         let state = self.shared.status().state;
         let runs = matches!(state, VmState::Running | VmState::Stopping);
@@ -53,11 +93,41 @@ impl Supervisor {
             return Err(error.with_hint("wait until it is saved ('civic info' shows how far it is)"));
         }
         if !runs && state != VmState::Paused {
-            return Err(wrong_state(&Command::Examine, state));
+            return Err(wrong_state(&Command::Examine(GuestFiles::default()), state));
         }
         let machine = self.machine.as_ref().ok_or_else(|| ErrorBody::internal("there is no machine"))?;
         let _held = runs.then(|| Machine::hold_vcpus(machine));
         machine.registers().map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))
+    }
+}
+
+/// What is in files that belong to a guest's kernel.
+#[derive(Default)]
+pub(super) struct Contents {
+    system_map: Option<Vec<u8>>,
+    vmlinux: Option<Vec<u8>>,
+}
+
+impl Contents {
+    /// Reads them.
+    pub(super) fn read(files: &GuestFiles) -> Result<Self, ErrorBody> {
+        let read = |path: &PathBuf| {
+            let failed = |e: io::Error| {
+                ErrorBody::new(ErrorCode::InvalidRequest, format!("cannot read {}: {e}", path.display()))
+            };
+            let mut bytes = Vec::new();
+            let file = open_regular(path).map_err(failed)?;
+            file.take(LARGEST_FILE).read_to_end(&mut bytes).map_err(failed)?;
+            Ok::<_, ErrorBody>(bytes)
+        };
+        Ok(Self {
+            system_map: files.system_map.as_ref().map(read).transpose()?,
+            vmlinux: files.vmlinux.as_ref().map(read).transpose()?,
+        })
+    }
+
+    pub(super) fn hints(&self) -> Hints<'_> {
+        Hints { system_map: self.system_map.as_deref(), vmlinux: self.vmlinux.as_deref() }
     }
 }
 
@@ -92,6 +162,11 @@ fn told(report: Report, checksums: Option<Checksums>, stopped_us: u64, took_us: 
             confirmed: found.confirmed,
             names_data: found.names_data,
         }),
+        files: report
+            .hints
+            .iter()
+            .map(|hint| GuestFile { file: hint.file.to_string(), count: hint.count as u64 })
+            .collect(),
         exports: report.exports.map(|count| count as u64),
         types: finding(report.btf, |found| GuestTypes {
             count: found.count as u64,

@@ -167,7 +167,7 @@ impl Supervisor {
         let (sections, disks, generation, mirrors) = frozen.inspect_err(|_| self.shared.family.unpin())?;
         let status = self.shared.status();
         let run = status.run + status.running_since.map_or_else(Default::default, |since| since.elapsed());
-        Ok(Paused { sections, config, generation, mirrors, disks, stages, boots: status.boots, run })
+        Ok(Paused { sections, config, generation, mirrors, disks, stages, boots: status.boots, run, plan: self.plan })
     }
 
     /// Has the vCPUs stand still for a moment, devices going on.

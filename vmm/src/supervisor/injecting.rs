@@ -7,13 +7,14 @@
 //!
 //! One at a time; a fork waits meanwhile, so no other VM gets what was placed.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use civic_api::{
-    ErrorBody, ErrorCode, Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, ProgramRequest, ProgramRoot, STORE_ID,
-    StartedProgram, VmConfig, VmState,
+    ErrorBody, ErrorCode, Freeze, GuestFiles, InjectStages, MAX_PROGRAM_WAIT_MS, MIN_MTU, NetConfig, ProgramNetwork,
+    ProgramRequest, ProgramRoot, STORE_ID, StartedProgram, VmConfig, VmState,
 };
 use civic_devices::virtio::GuestRam;
 use civic_guest::kernel::Kernel;
@@ -21,21 +22,29 @@ use civic_guest::registers::Registers;
 use civic_inject::LOADER;
 use civic_inject::code::Mailbox;
 use civic_inject::hook::Progress;
-use civic_inject::wire::{self, Disk, Launch, Root, Store, Strings, ToGuest, WindowSize, pack};
+use civic_inject::plan::Plan;
+use civic_inject::wire::{self, Disk, Launch, Mac, Network, Root, Store, Strings, ToGuest, WindowSize, pack};
 use nix::errno::Errno;
 use tracing::{info, warn};
 
+use super::examining::Contents;
 use super::{Message, Supervisor, wrong_state};
 use crate::control::{Answer, Command, Reply};
-use crate::machine::Machine;
-use crate::machine::surgery::{Child, Placed, Seen, SurgeryError};
-use crate::programs::{FIRST_WORD, Knocking, PORT, Session};
+use crate::machine::effective_mac;
+use crate::machine::surgery::{Child, Consent, Placed, Seen, SurgeryError};
+use crate::programs::{FIRST_WORD, Knocking, PORT, Programs, Session};
 
 /// Something to be done with the machine.
 pub type Operation = Box<dyn FnOnce(&mut Supervisor) + Send>;
 
 /// How much longer a task that is on its way may take than is allowed in all: it cannot be called back.
 const GRACE: Duration = Duration::from_secs(5);
+/// Priorities of real-time processes (sched(7)).
+const REALTIME: RangeInclusive<u8> = 1..=99;
+/// What a process's niceness can be.
+const NICE: RangeInclusive<i8> = -20..=19;
+/// How long a loader takes that may use its port, as a rule.
+const SOON: Duration = Duration::from_millis(500);
 /// Between two tries to take away what somebody is still in.
 const AGAIN: Duration = Duration::from_millis(2);
 
@@ -76,10 +85,12 @@ impl Supervisor {
         if !matches!(state, VmState::Running | VmState::Stopping) {
             return Err(wrong_state(&Command::StartProgram(request.clone()), state));
         }
-        if !self.machine.as_ref().is_some_and(Machine::is_forked) {
+        let consent = Consent::of(&self.shared.config());
+        if self.machine.as_ref().is_none_or(|machine| machine.child(consent).is_none()) {
             let error =
                 ErrorBody::new(ErrorCode::WrongState, "programs are started in forks only, and this VM is none");
-            return Err(error.with_hint("fork it, and start the program in the fork"));
+            let hint = "fork it, and start the program in the fork; an owner's VM is started with --allow-programs";
+            return Err(error.with_hint(hint));
         }
         if request.wait_ms > MAX_PROGRAM_WAIT_MS {
             let message = format!("{} ms are too long to wait: at most {MAX_PROGRAM_WAIT_MS}", request.wait_ms);
@@ -92,13 +103,16 @@ impl Supervisor {
         let machine = self.machine.as_ref().ok_or_else(|| ErrorBody::internal("there is no machine"))?;
         let launch = launch(request, &self.shared.config())?;
         let busy = |why| ErrorBody::new(ErrorCode::Busy, why);
-        let session = self.shared.programs.begin(launch).map_err(busy)?;
+        let session = self.shared.programs.begin(&request.argv, launch).map_err(busy)?;
         let ram = machine.memory().ram.clone();
-        let knocking = Knocking { programs: Arc::clone(&self.shared.programs), ram: ram.clone() };
+        let knocking = Knocking { programs: Arc::clone(&self.shared.programs), ram: ram.clone(), breakpoint: None };
         machine.serve(PORT, Arc::new(knocking));
         Ok(Order {
             session,
-            kernel: self.kernel.clone(),
+            programs: Arc::clone(&self.shared.programs),
+            // What is known was found without these files.
+            plan: self.plan.filter(|_| request.files.is_empty()),
+            files: request.files.clone(),
             ram,
             sender: self.sender.clone(),
             boot: self.boot,
@@ -110,7 +124,9 @@ impl Supervisor {
 /// A program to be started.
 struct Order {
     session: Arc<Session>,
-    kernel: Option<Arc<Kernel>>,
+    programs: Arc<Programs>,
+    plan: Option<Plan>,
+    files: GuestFiles,
     ram: GuestRam,
     sender: Sender<Message>,
     boot: u64,
@@ -127,38 +143,54 @@ impl Order {
             now.duration_since(std::mem::replace(&mut last, now)).as_micros() as u64
         };
         self.clear_up()?;
-        let kernel = match self.kernel.take() {
-            Some(kernel) => kernel,
+        let plan = match self.plan.take().filter(|plan| plan.fits(&Seen(&self.ram))) {
+            Some(plan) => plan,
             None => self.find()?,
         };
         stages.find_us = lap();
-        let (argument, known) = (self.session.argument(), Arc::clone(&kernel));
-        let placed = self.child(move |child| child.place(&known, LOADER, &[&argument]))?;
+        let argument = self.session.argument();
+        let placed = self.child(move |child| child.place(&plan, LOADER, &[&argument]))?;
         let placed = placed.map_err(|e| unusable(&e))?;
         stages.place_us = lap();
-        let outcome = self.guest_starts(&placed, &mut |progress| match progress {
+        let (placed, outcome) = self.guest_starts(placed, &mut |progress| match progress {
             Progress::Armed => {}
             Progress::Diverted => stages.hook_us = lap(),
             Progress::Queued => stages.queue_us = lap(),
             Progress::Done => stages.exec_us = lap(),
-        });
+        })?;
         let removed = self.remove(placed);
         stages.remove_us = lap();
         let mailbox = match (outcome, removed) {
             (Ok(()), Ok(mailbox)) => mailbox,
             (Ok(()), Err(e)) => return Err(unusable(&e)),
-            (Err(progress), removed) => return Err(self.diagnosis(&kernel, progress, removed)),
+            (Err(progress), removed) => return Err(self.diagnosis(progress, removed)),
         };
         started(&mailbox)?;
-        if !self.session.greeted(self.deadline.max(Instant::now() + FIRST_WORD)) {
+        if !self.hears() {
             let error = ErrorBody::new(ErrorCode::Timeout, "the loader was started in the guest, and says nothing");
-            let hint = "its kernel may forbid programs to use I/O ports (lockdown, or no CONFIG_X86_IOPL_IOPERM)";
-            return Err(error.with_hint(hint));
+            return Err(error.with_hint("the guest may give it no time: 'civic exec --wait' waits longer"));
         }
         stages.hello_us = lap();
         stages.total_us = begun.elapsed().as_micros() as u64;
         info!(program = self.session.id(), ?stages, "a loader runs");
         Ok(StartedProgram { id: self.session.id(), stages })
+    }
+
+    /// Waits for the loader's first word. Where it does not come soon, the guest's kernel may forbid programs to use ports (lockdown, or no
+    /// CONFIG_X86_IOPL_IOPERM): then it is stopped where it says it.
+    fn hears(&self) -> bool {
+        let deadline = self.deadline.max(Instant::now() + FIRST_WORD);
+        if self.session.greeted(deadline.min(Instant::now() + SOON)) {
+            return true;
+        }
+        let at = civic_inject::knock();
+        let knocking = Knocking { programs: Arc::clone(&self.programs), ram: self.ram.clone(), breakpoint: Some(at) };
+        match self.child(move |child| child.serve_at(at, Arc::new(knocking))) {
+            Ok(Ok(())) => info!(program = self.session.id(), "a breakpoint is where its loader speaks"),
+            Ok(Err(e)) => warn!("no breakpoint for a loader: {e}"),
+            Err(gone) => warn!("no breakpoint for a loader: {}", gone.message),
+        }
+        self.session.greeted(deadline)
     }
 
     /// Removes what an earlier start had to leave.
@@ -169,14 +201,17 @@ impl Order {
         Ok(())
     }
 
-    /// Finds the guest's kernel, and has it remembered.
-    fn find(&self) -> Result<Arc<Kernel>, ErrorBody> {
+    /// Finds what is needed of the guest's kernel, and has it remembered.
+    fn find(&self) -> Result<Plan, ErrorBody> {
+        let plan = Plan::of(&self.kernel()?, &Seen(&self.ram)).map_err(|e| unusable(&e))?;
+        self.operate(move |supervisor| supervisor.plan = Some(plan))?;
+        Ok(plan)
+    }
+
+    fn kernel(&self) -> Result<Kernel, ErrorBody> {
         let registers = self.registers()?;
-        let kernel = Kernel::find(&Seen(&self.ram), &registers).map_err(|e| unusable(&e))?;
-        let kernel = Arc::new(kernel);
-        let known = Arc::clone(&kernel);
-        self.operate(move |supervisor| supervisor.kernel = Some(known))?;
-        Ok(kernel)
+        let contents = Contents::read(&self.files)?;
+        Kernel::find_with(&Seen(&self.ram), &registers, &contents.hints()).map_err(|e| unusable(&e))
     }
 
     fn registers(&self) -> Result<Vec<Registers>, ErrorBody> {
@@ -185,18 +220,29 @@ impl Order {
     }
 
     /// Waits until nothing is needed any more that was placed, telling of each step; if that takes too long, says how far it got.
-    fn guest_starts(&self, placed: &Placed, told: &mut dyn FnMut(Progress)) -> Result<(), Progress> {
+    fn guest_starts(
+        &self,
+        mut placed: Box<Placed>,
+        told: &mut dyn FnMut(Progress),
+    ) -> Result<(Box<Placed>, Result<(), Progress>), ErrorBody> {
         let mut progress = Progress::Armed;
         loop {
             let deadline = if progress == Progress::Armed { self.deadline } else { self.deadline + GRACE };
             let next = placed.injection().wait(progress, deadline);
             if next == progress {
-                return Err(progress);
+                return Ok((placed, Err(progress)));
             }
             progress = next;
             told(progress);
+            if placed.holds_up() {
+                placed = self.child(move |child| {
+                    // Removing the rest says it again.
+                    let _ = child.untrap(&mut placed);
+                    placed
+                })?;
+            }
             if progress == Progress::Done || placed.is_refused() {
-                return Ok(());
+                return Ok((placed, Ok(())));
             }
         }
     }
@@ -227,16 +273,18 @@ impl Order {
     }
 
     /// What kept the guest from starting it.
-    fn diagnosis(&self, kernel: &Kernel, progress: Progress, removed: Result<Mailbox, SurgeryError>) -> ErrorBody {
+    fn diagnosis(&self, progress: Progress, removed: Result<Mailbox, SurgeryError>) -> ErrorBody {
         let what = match progress {
             Progress::Armed => "no task of the guest came by its scheduler",
             Progress::Diverted => "a task of the guest was stopped on its way to start the loader",
             Progress::Queued => "the guest's kernel was asked to start the loader, and has not",
             Progress::Done => "the loader was started",
         };
+        let kernel = self.kernel().ok();
+        let nearest = |at| kernel.as_ref().and_then(|kernel| kernel.nearest(at));
         let places = match self.registers() {
             Ok(registers) => {
-                let place = |(n, registers): (usize, &Registers)| match kernel.nearest(registers.rip) {
+                let place = |(n, registers): (usize, &Registers)| match nearest(registers.rip) {
                     _ if registers.cpl != 0 => format!("vCPU {n} is in a program"),
                     Some((found, offset)) => format!("vCPU {n} is at {}+{offset:#x}", found.symbol.name),
                     None => format!("vCPU {n} is at {}", registers.rip),
@@ -253,7 +301,7 @@ impl Order {
         error.with_hint("a guest that hangs starts nothing; 'civic info --guest' still looks at it from outside")
     }
 
-    /// Does something with the machine as a fork, its vCPUs standing still.
+    /// Does something with the machine as one that may be changed from outside, its vCPUs standing still.
     fn child<T: Send + 'static>(&self, work: impl FnOnce(&Child<'_>) -> T + Send + 'static) -> Result<T, ErrorBody> {
         let boot = self.boot;
         self.operate(move |supervisor| {
@@ -261,7 +309,7 @@ impl Order {
             let machine = supervisor.machine.as_ref().filter(|_| supervisor.boot == boot).ok_or_else(gone)?;
             let running = supervisor.shared.status().state != VmState::Paused;
             let _held = running.then(|| machine.hold_vcpus());
-            let child = machine.child().ok_or_else(gone)?;
+            let child = machine.child(Consent::of(&supervisor.shared.config())).ok_or_else(gone)?;
             Ok(work(&child))
         })?
     }
@@ -326,6 +374,16 @@ fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<u8>, ErrorB
             return Err(error.with_hint("give it one: 'civic fork --store IMAGE'"));
         }
     };
+    if request.realtime.is_some_and(|priority| !REALTIME.contains(&priority)) {
+        return Err(invalid("a real-time priority is 1 to 99"));
+    }
+    if request.nice.is_some_and(|nice| !NICE.contains(&nice)) {
+        return Err(invalid("a niceness is -20 to 19"));
+    }
+    let (network, down) = match &request.network {
+        Some(network) => cards(network, config).map(|(network, down)| (Some(network), down))?,
+        None => (None, Vec::new()),
+    };
     let long = |_| invalid("too many arguments or variables");
     let launch = Launch {
         env: Strings::new(&env).map_err(long)?,
@@ -338,10 +396,78 @@ fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<u8>, ErrorB
         },
         thaw_at_end: true,
         root,
+        uid: request.uid,
+        gid: request.gid,
+        realtime: request.realtime,
+        nice: request.nice,
+        network,
+        down: &down,
         timeout_ms: u32::try_from(request.wait_ms).unwrap_or(u32::MAX),
         ..Launch::new(Strings::new(&argv).map_err(long)?)
     };
     let mut bytes = Vec::new();
     ToGuest::Launch(launch).encode(&mut bytes).map_err(|_| invalid("the arguments and variables are too long"))?;
     Ok(bytes)
+}
+
+/// A card to be set up, and those to be taken down.
+fn cards(network: &ProgramNetwork, config: &VmConfig) -> Result<(Network, Vec<Mac>), ErrorBody> {
+    let (wanted, others): (Vec<_>, Vec<_>) = config.nets.iter().partition(|net| net.id == network.id);
+    let Some(card) = wanted.first() else {
+        let error = ErrorBody::new(ErrorCode::NotFound, format!("the VM has no network card '{}'", network.id));
+        let ids: Vec<_> = config.nets.iter().map(|net| net.id.as_str()).collect();
+        return Err(match ids.as_slice() {
+            [] => error.with_hint("give it one: 'civic fork --net', 'civic device add --net'"),
+            ids => error.with_hint(format!("it has: {}", ids.join(", "))),
+        });
+    };
+    if network.mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+        return Err(ErrorBody::new(ErrorCode::InvalidRequest, format!("an MTU is at least {MIN_MTU}")));
+    }
+    let mac = |net: &NetConfig| effective_mac(config, net).0;
+    let down = others.into_iter().filter(|_| !network.keep_others).map(mac).collect();
+    let (address, prefix) = (network.address.addr(), network.address.prefix_len());
+    Ok((Network { mac: mac(card), address, prefix, gateway: network.gateway, mtu: network.mtu }, down))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        let mut config: VmConfig =
+            serde_json::from_str(r#"{"name":"web-1","kernel":"/k","memory_bytes":134217728,"cpus":1}"#).unwrap();
+        config.nets = vec![NetConfig::new("net0", "tap0"), NetConfig::new("own", "tap1")];
+        config
+    }
+
+    fn network(id: &str) -> ProgramNetwork {
+        let address = "10.0.0.2/24".parse().unwrap();
+        ProgramNetwork { id: id.into(), address, gateway: None, mtu: None, keep_others: false }
+    }
+
+    #[test]
+    fn the_forks_other_cards_are_taken_down() {
+        let config = config();
+        let mac = |n: usize| effective_mac(&config, &config.nets[n]).0;
+        let (card, down) = cards(&network("own"), &config).unwrap();
+        assert_eq!((card.mac, card.prefix, down), (mac(1), 24, vec![mac(0)]));
+        let kept = ProgramNetwork { keep_others: true, ..network("own") };
+        assert_eq!(cards(&kept, &config).unwrap().1, Vec::<Mac>::new());
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_before_anything_is_placed() {
+        let request = |json: &str| serde_json::from_str::<ProgramRequest>(json).unwrap();
+        let refused = |json: &str| launch(&request(json), &config()).unwrap_err();
+        let unknown = refused(r#"{"argv":["a"],"network":{"id":"net9","address":"10.0.0.2/24"}}"#);
+        assert_eq!(unknown.code, ErrorCode::NotFound);
+        assert!(unknown.hint.unwrap().contains("net0, own"));
+        let small = r#"{"argv":["a"],"network":{"id":"own","address":"10.0.0.2/24","mtu":67}}"#;
+        for json in [r#"{"argv":[]}"#, r#"{"argv":["a"],"realtime":100}"#, r#"{"argv":["a"],"nice":20}"#, small] {
+            assert_eq!(refused(json).code, ErrorCode::InvalidRequest, "{json}");
+        }
+        assert_eq!(refused(r#"{"argv":["a"],"root":"store"}"#).code, ErrorCode::WrongState);
+        launch(&request(r#"{"argv":["a"],"realtime":1,"nice":-20}"#), &config()).unwrap();
+    }
 }
