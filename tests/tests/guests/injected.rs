@@ -266,7 +266,7 @@ enum Outcome {
 const FILL: &str = "echo -1000 > /proc/$$/oom_score_adj; dd if=/dev/zero of=/full bs=64k 2>/dev/null; \
     until [ $(grep MemAvailable /proc/meminfo | tr -dc 0-9) -lt 3000 ]; do dd if=/dev/zero bs=64k count=8 >> /tmp/full 2>/dev/null || break; done";
 const NO_PROCESS: &str = "echo 400 > /proc/sys/kernel/pid_max; \
-    n=0; while [ $n -lt 400 ]; do sleep 1000 & n=$((n + 1)); done 2>/dev/null; :";
+    (n=0; while [ $n -lt 400 ]; do sleep 1000 & n=$((n + 1)); done) 2>/dev/null; :";
 const STOPPED: &str =
     "for p in /proc/[0-9]*; do p=${p#/proc/}; [ $p = $$ ] || [ $p = 1 ] || kill -STOP $p 2>/dev/null; done; :";
 

@@ -1,6 +1,6 @@
 //! Debian's kernels, unpacked in the cache: stock kernels for guests, and the testbed's own.
 //!
-//! A kernel's directory holds `vmlinuz` (the bzImage as packaged), `vmlinux` (the ELF file inside it), `config`, `version`
+//! A kernel's directory holds `vmlinuz` (the bzImage as packaged), `vmlinux` (the ELF file inside it), `version`
 //! and `lib/modules/VERSION` with depmod's lists.
 
 use std::fs;
@@ -75,8 +75,8 @@ pub fn available() -> Result<Vec<String>> {
 
 /// Packages of kernels, by a regular expression.
 const IMAGES: &str = "^linux-image-[0-9].*-amd64$";
-/// What a kernel's files are in: all in the first, or the kernel in the second, or its modules in the third.
-const PARTS: [&str; 3] = ["image", "binary", "modules"];
+/// What a kernel's files are in: all in the first, or the kernel in the second, its modules in the third and their lists in the last.
+const PARTS: [&str; 4] = ["image", "binary", "modules", "base"];
 
 fn fetch(cache: &Path, flavour: &str, dir: &Path) -> Result<()> {
     let apt = if FLAVOURS.contains(&flavour) { Apt::open(cache)? } else { Apt::open_all(cache)? };
@@ -95,11 +95,9 @@ fn fetch(cache: &Path, flavour: &str, dir: &Path) -> Result<()> {
     let modules = [root.join("lib/modules"), root.join("usr/lib/modules")].into_iter().find(|p| p.exists());
     let modules = modules.context("the package holds no modules")?.join(version);
     fs::create_dir_all(dir.join("lib/modules"))?;
-    for name in ["vmlinuz", "config"] {
-        let places = [root.join(format!("boot/{name}-{version}")), modules.join(name)];
-        let from = places.iter().find(|place| place.exists());
-        fs::rename(from.with_context(|| format!("the package holds no {name}"))?, dir.join(name))?;
-    }
+    let places = [root.join(format!("boot/vmlinuz-{version}")), modules.join("vmlinuz")];
+    let vmlinuz = places.iter().find(|place| place.exists()).context("the package holds no kernel")?;
+    fs::rename(vmlinuz, dir.join("vmlinuz"))?;
     fs::rename(modules, dir.join("lib/modules").join(version))?;
     let depmod = Command::new("/sbin/depmod").arg("-b").arg(dir).arg(version).status().context("cannot run depmod")?;
     ensure!(depmod.success(), "depmod failed");
