@@ -9,7 +9,7 @@ use std::process::Command;
 use std::{env, fs};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const FLAGS: [&str; 9] = [
+const FLAGS: [&str; 10] = [
     "-Crelocation-model=static",
     "-Cforce-unwind-tables=no",
     "-Clink-arg=-nostartfiles",
@@ -20,12 +20,13 @@ const FLAGS: [&str; 9] = [
     // The monitor copies the whole file into the guest: no bytes between its segments.
     "-Clink-arg=-Wl,-z,noseparate-code",
     "-Clink-arg=-Wl,-z,norelro",
+    "-Clink-arg=-Wl,--no-eh-frame-hdr",
 ];
 const PROFILE: [(&str, &str); 6] = [
     ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1"),
     ("CARGO_PROFILE_RELEASE_DEBUG", "false"),
     ("CARGO_PROFILE_RELEASE_LTO", "fat"),
-    ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "s"),
+    ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "z"),
     ("CARGO_PROFILE_RELEASE_PANIC", "abort"),
     ("CARGO_PROFILE_RELEASE_STRIP", "symbols"),
 ];
@@ -41,7 +42,7 @@ const OUTER: [&str; 7] = [
 ];
 
 fn main() {
-    for source in ["src", "Cargo.toml"] {
+    for source in ["src", "Cargo.toml", "discard.ld"] {
         println!("cargo::rerun-if-changed=loader/{source}");
     }
     println!("cargo::rerun-if-changed=build.rs");
@@ -56,7 +57,10 @@ fn main() {
     for name in OUTER {
         cargo.env_remove(name);
     }
-    cargo.envs(PROFILE).env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
+    let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    let discard = format!("-Clink-arg=-Wl,-T,{}", manifest.join("loader/discard.ld").display());
+    let flags = [&FLAGS[..], &[&discard]].concat();
+    cargo.envs(PROFILE).env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     let status = cargo.status().expect("cargo starts");
     assert!(status.success(), "civic-loader could not be built: {status}");
     let built = target.join(TARGET).join("release").join("civic-loader");
