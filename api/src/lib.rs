@@ -45,8 +45,8 @@ pub use guest::{
 pub use info::{DeviceInfo, EndReason, VcpuInfo, VmInfo, VmState};
 pub use mac::{MacAddr, MacAddrError};
 pub use program::{
-    Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, PROGRAM_WAIT_MS, ProgramInfo, ProgramNetwork, ProgramRequest,
-    ProgramRoot, StartedProgram, TerminalSize,
+    CopyDirection, CopyRequest, Freeze, InjectStages, MAX_PROGRAM_WAIT_MS, PROGRAM_WAIT_MS, ProgramInfo,
+    ProgramNetwork, ProgramRequest, ProgramRoot, StartedProgram, TerminalSize,
 };
 pub use save::{AfterSave, SaveProgress, SaveReport, SaveRequest};
 pub use size::{ByteSize, ByteSizeError};

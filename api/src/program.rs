@@ -13,12 +13,16 @@ pub const PROGRAM_WAIT_MS: u64 = 30_000;
 /// The longest that may be asked for.
 pub const MAX_PROGRAM_WAIT_MS: u64 = 600_000;
 
-/// A program to be started in a fork, from outside.
+/// A program to be started in a fork, from outside, or files to be copied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProgramRequest {
-    /// The program and its arguments. One without a slash is looked for in PATH of `env`.
+    /// The program and its arguments. One without a slash is looked for in PATH of `env`. Empty if files are copied.
+    #[serde(default)]
     pub argv: Vec<String>,
+    /// Files to be copied, which needs no program: neither arguments nor environment, working directory or terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyRequest>,
     /// Its environment, all of it: `NAME=value`.
     #[serde(default)]
     pub env: Vec<String>,
@@ -87,6 +91,31 @@ fn is_root(id: &u32) -> bool {
 
 fn usual_wait() -> u64 {
     PROGRAM_WAIT_MS
+}
+
+/// Files to be copied as a tar stream, which is the input or the output of what would be the program's stream. What cannot be copied is said
+/// there as standard error, a line for each; the exit status is 0 if all was copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CopyRequest {
+    /// Which way.
+    pub direction: CopyDirection,
+    /// What is copied, or the folder that it is copied into: an absolute path in the root of `root`.
+    pub path: String,
+    /// Whether what is copied in may also get the path's own name: if no folder is there, the path is what the first part of the stream's
+    /// names stands for.
+    #[serde(default)]
+    pub rename: bool,
+}
+
+/// Which way files are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CopyDirection {
+    /// Into the guest. Standard output says at the end how many files and bytes it were: two numbers in a line.
+    In,
+    /// Out of the guest. Names begin with the path's last part; with `.` if that is no name.
+    Out,
 }
 
 /// A terminal's size in characters.

@@ -8,6 +8,7 @@
 //! A finding becomes a regression test of the crate that it was in, and its input a file in `findings/TARGET/`.
 
 pub mod api;
+pub mod archive;
 pub mod guest;
 pub mod host;
 pub mod image;
@@ -33,10 +34,13 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 11] = [API, CONFIG, GUEST, IMAGE, KERNEL, PCI, PORTS, PROGRAM, QCOW2, STATE, VIRTIO];
+pub const TARGETS: [Target; 12] =
+    [API, ARCHIVE, CONFIG, GUEST, IMAGE, KERNEL, PCI, PORTS, PROGRAM, QCOW2, STATE, VIRTIO];
 
 /// [`api`]: requests.
 pub const API: Target = Target { name: "api", run: api::run, seeds: api::seeds };
+/// [`archive`].
+pub const ARCHIVE: Target = Target { name: "archive", run: archive::run, seeds: archive::seeds };
 /// [`api`]: configurations.
 pub const CONFIG: Target = Target { name: "config", run: api::run_config, seeds: api::seeds_config };
 /// [`guest`].

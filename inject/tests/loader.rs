@@ -2,6 +2,8 @@
 //!
 //! Not here, because only a guest has it: a monitor at the port, disks with serial numbers, and being started by the kernel.
 
+#[path = "loader/archives.rs"]
+mod archives;
 #[path = "loader/freezing.rs"]
 mod freezing;
 #[path = "loader/guest.rs"]
@@ -180,7 +182,8 @@ fn a_host_that_talks_nonsense_is_told_and_left() {
     check(&[17, 0, 0, 0, 255, 255, 255, 255], "the monitor sent what is not a message");
     check(&[99, 0, 0, 0, 0, 0, 0, 0], "the monitor sent a message of an unknown kind");
     check(&[21, 0, 0, 0, 0, 0, 0, 0], "the monitor sent a message without a valid launch");
-    check(&[16, 0, 0, 0, 2, 0, 0, 0, 9, 9], "the monitor sent a message without a valid list of arguments");
+    check(&[16, 0, 0, 0, 1, 0, 0, 0, 9], "the monitor sent a message without a valid job");
+    check(&[16, 0, 0, 0, 3, 0, 0, 0, 0, 9, 9], "the monitor sent a message without a valid list of arguments");
 }
 
 #[test]

@@ -96,6 +96,7 @@ impl Text {
 }
 
 impl Write for Text {
+    #[inline(never)]
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let taken = &text[..text.floor_char_boundary(self.bytes.len() - self.len)];
         self.bytes[self.len..][..taken.len()].copy_from_slice(taken.as_bytes());

@@ -22,8 +22,8 @@ pub type Mac = [u8; 6];
 /// What to run, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch<'a> {
-    /// The program and its arguments. A program without a slash is looked for in PATH of `env`. There is at least one string.
-    pub argv: Strings<'a>,
+    /// What is to be done.
+    pub job: Job<'a>,
     /// Its environment, all of it.
     pub env: Strings<'a>,
     /// Its working directory, in its root; `/` if absent.
@@ -50,6 +50,24 @@ pub struct Launch<'a> {
     pub down: &'a [Mac],
     /// How long to look for the store and for the card, in milliseconds.
     pub timeout_ms: u32,
+}
+
+/// What is to be done: everything but running is the loader's own, and goes by the program's name otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job<'a> {
+    /// Run a program, with arguments. One without a slash is looked for in PATH of the environment. There is at least one string.
+    Run(Strings<'a>),
+    /// Write what is at a path, with all that is in it, to the output: as an [archive](crate::archive) whose names begin with the path's
+    /// last part, or with `.` if that is no name.
+    Pack(&'a CStr),
+    /// Make what an archive has that comes as input, in the folder at the path. Says at the end how many files and bytes it has made, as two
+    /// numbers in a line.
+    Unpack {
+        /// The folder.
+        path: &'a CStr,
+        /// Whether the path need not be there: then, or if it is a file, it is what the first part of the archive's names stands for.
+        rename: bool,
+    },
 }
 
 /// What of the guest is to stand still while the program runs.
@@ -153,10 +171,10 @@ pub fn pack<S: AsRef<[u8]>>(strings: impl IntoIterator<Item = S>) -> Option<allo
 }
 
 impl<'a> Launch<'a> {
-    /// `argv` in the guest's root, with nothing else changed.
-    pub fn new(argv: Strings<'a>) -> Self {
+    /// `job` in the guest's root, with nothing else changed.
+    pub fn new(job: Job<'a>) -> Self {
         Self {
-            argv,
+            job,
             env: Strings::default(),
             cwd: None,
             tty: None,
@@ -174,7 +192,7 @@ impl<'a> Launch<'a> {
     }
 
     pub(crate) fn put(&self, out: &mut impl Sink) -> Result<(), Full> {
-        self.argv.put(out)?;
+        self.job.put(out)?;
         self.env.put(out)?;
         option(out, self.cwd, |out, cwd| bytes(out, cwd.to_bytes_with_nul()))?;
         option(out, self.tty, |out, size| size.put(out))?;
@@ -191,12 +209,9 @@ impl<'a> Launch<'a> {
 
     pub(crate) fn read(from: &mut Reader<'a>) -> Result<Self, Malformed> {
         let this = Self {
-            argv: Strings::read(from, "list of arguments")?,
+            job: Job::read(from)?,
             env: Strings::read(from, "environment")?,
-            cwd: from.option("working directory", |from| {
-                let cwd = read_bytes(from, "working directory")?;
-                CStr::from_bytes_with_nul(cwd).map_err(|_| Malformed::Field("working directory"))
-            })?,
+            cwd: from.option("working directory", |from| read_path(from, "working directory"))?,
             tty: from.option("terminal", WindowSize::read)?,
             freeze: match from.u8("way to freeze")? {
                 0 => Freeze::None,
@@ -217,9 +232,6 @@ impl<'a> Launch<'a> {
             },
             timeout_ms: from.u32("timeout")?,
         };
-        if this.argv.0.is_empty() {
-            return Err(Malformed::Field("list of arguments"));
-        }
         if this.realtime.is_some_and(|priority| !(1..=99).contains(&priority)) {
             return Err(Malformed::Field("real-time priority"));
         }
@@ -227,6 +239,40 @@ impl<'a> Launch<'a> {
             return Err(Malformed::Field("niceness"));
         }
         Ok(this)
+    }
+}
+
+impl<'a> Job<'a> {
+    fn put(&self, out: &mut impl Sink) -> Result<(), Full> {
+        match self {
+            Self::Run(argv) => {
+                out.put(&[0])?;
+                argv.put(out)
+            }
+            Self::Pack(path) => {
+                out.put(&[1])?;
+                bytes(out, path.to_bytes_with_nul())
+            }
+            Self::Unpack { path, rename } => {
+                out.put(&[2, u8::from(*rename)])?;
+                bytes(out, path.to_bytes_with_nul())
+            }
+        }
+    }
+
+    fn read(from: &mut Reader<'a>) -> Result<Self, Malformed> {
+        match from.u8("job")? {
+            0 => match Strings::read(from, "list of arguments")? {
+                Strings([]) => Err(Malformed::Field("list of arguments")),
+                argv => Ok(Self::Run(argv)),
+            },
+            1 => read_path(from, "path").map(Self::Pack),
+            2 => {
+                let rename = from.bool("choice to rename")?;
+                Ok(Self::Unpack { path: read_path(from, "path")?, rename })
+            }
+            _ => Err(Malformed::Field("job")),
+        }
     }
 }
 
@@ -300,4 +346,8 @@ fn bytes(out: &mut impl Sink, bytes: &[u8]) -> Result<(), Full> {
 fn read_bytes<'a>(from: &mut Reader<'a>, field: &'static str) -> Result<&'a [u8], Malformed> {
     let len = from.u16(field)?.into();
     from.take(len, field)
+}
+
+fn read_path<'a>(from: &mut Reader<'a>, field: &'static str) -> Result<&'a CStr, Malformed> {
+    CStr::from_bytes_with_nul(read_bytes(from, field)?).map_err(|_| Malformed::Field(field))
 }

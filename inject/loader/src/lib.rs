@@ -14,6 +14,8 @@
 //! All numbers are little-endian. [`FromGuest`] and [`ToGuest`] are the frames, [`split`] finds them in a stream of bytes. How the bytes
 //! travel is below this: a byte stream, or the hypercalls [`OP_SEND`] and [`OP_RECV`].
 //!
+//! Files are copied as [`archive`]s, which are the input or the output of what the loader then is itself: see [`Job`].
+//!
 //! Credit: the host may send as many bytes of input as [`FromGuest::Hello`] and all [`FromGuest::Credit`] say together. Output needs no
 //! credit: who does not take it stops it.
 //!
@@ -23,6 +25,7 @@
 #[cfg(any(feature = "alloc", test))]
 extern crate alloc;
 
+pub mod archive;
 mod bytes;
 mod frames;
 mod launch;
@@ -33,7 +36,7 @@ pub use bytes::{Full, Malformed, Sink};
 pub use frames::{Exit, Frame, FromGuest, Output, Stage, Step, ToGuest, WindowSize, split};
 #[cfg(any(feature = "alloc", test))]
 pub use launch::pack;
-pub use launch::{Disk, Freeze, Launch, MAX_SERIAL, MAX_STRINGS, Mac, Network, Root, Store, Strings};
+pub use launch::{Disk, Freeze, Job, Launch, MAX_SERIAL, MAX_STRINGS, Mac, Network, Root, Store, Strings};
 
 /// Of what is described here; what [`FromGuest::Hello`] says first.
 pub const VERSION: u16 = 1;

@@ -3,6 +3,7 @@
 //! ```text
 //!   kernel ─▶ _start ─▶ Hello ─▶ Launch? ─▶ freeze ─▶ mounts of its own ─▶ network ─▶ fork ─▶ relay ─▶ Exited
 //!                                  freeze.rs  root.rs, disk.rs   network.rs  program.rs  relay.rs
+//!                                                                                └▶ a program, or pack.rs, or unpack.rs
 //! ```
 //!
 //! It is started as the kernel's user-mode helper, from a tmpfs that is mounted nowhere: uid 0, all capabilities, no open files, the
@@ -22,6 +23,7 @@
 #![no_main]
 
 mod channel;
+mod copy;
 mod disk;
 mod failure;
 mod files;
@@ -29,12 +31,14 @@ mod freeze;
 mod link;
 mod memory;
 mod network;
+mod pack;
 mod program;
 mod relay;
 mod root;
 mod start;
 mod sys;
 mod time;
+mod unpack;
 
 use civic_loader::{Exit, FromGuest, Launch, Malformed, Root, Stage, Step, ToGuest, VERSION};
 use rustix::io::Errno;

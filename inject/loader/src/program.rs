@@ -1,8 +1,8 @@
-//! The program's process: its terminal or pipes, what it starts with, and how it is found.
+//! The program's process: its terminal or pipes, what it starts with, and how it is found; or what it does instead of becoming one.
 
 use core::ffi::CStr;
 
-use civic_loader::{FromGuest, Launch, MAX_STRINGS, Output, Step, WindowSize, split};
+use civic_loader::{FromGuest, Job, Launch, MAX_STRINGS, Output, Step, Strings, WindowSize, split};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, open, openat, statat};
 use rustix::io::{Errno, ioctl_fionbio, read, write};
@@ -19,8 +19,10 @@ use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use crate::failure::{Failure, Text};
 use crate::files::{self, detached};
 use crate::link::Buffer;
+use crate::pack::pack;
 use crate::root::TERMINALS;
 use crate::sys::{self, Fork, Pointers};
+use crate::unpack::unpack;
 
 /// Where to look for a program if the environment does not say it.
 const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -67,7 +69,7 @@ impl Program {
         let (from_child, to_parent) =
             pipe_with(PipeFlags::CLOEXEC).map_err(|e| failure(e, "the guest's kernel gives no pipes"))?;
         let pid = match sys::fork().map_err(|e| failure(e, "the guest's kernel starts no process"))? {
-            Fork::Child => become_program(launch, &theirs, proc, &to_parent),
+            Fork::Child => become_program(launch, &theirs, proc, to_parent),
             Fork::Parent(pid) => pid,
         };
         drop((theirs, to_parent));
@@ -182,17 +184,26 @@ fn pipes() -> Result<(Ends, Theirs), Errno> {
 }
 
 /// In the new process: becomes the program, or says why not and ends.
-fn become_program(launch: &Launch<'_>, theirs: &Theirs, proc: Option<&OwnedFd>, to_parent: &OwnedFd) -> ! {
+fn become_program(launch: &Launch<'_>, theirs: &Theirs, proc: Option<&OwnedFd>, to_parent: OwnedFd) -> ! {
     let mut path = Path::new();
-    let failure = match prepare(launch, theirs, proc, to_parent) {
-        Ok(()) => execute(launch, &mut path),
-        Err(failure) => failure,
+    let failure = match (prepare(launch, theirs, proc, &to_parent), launch.job) {
+        (Err(failure), _) => failure,
+        (Ok(()), Job::Run(argv)) => execute(argv, launch.env, &mut path),
+        (Ok(()), Job::Pack(path)) => {
+            // As if a file were executed.
+            drop(to_parent);
+            sys::exit(pack(path))
+        }
+        (Ok(()), Job::Unpack { path, rename }) => {
+            drop(to_parent);
+            sys::exit(unpack(path, rename))
+        }
     };
     let (mut text, mut bytes) = (Text::new(), [0; 2048]);
     let mut frame = Buffer::new(&mut bytes);
     // The text has a greatest length, and so has the frame; a pipe takes it at once. Nobody else could be told.
     let _ = failure.frame(&mut text).encode(&mut frame);
-    let _ = write(to_parent, frame.waiting());
+    let _ = write(&to_parent, frame.waiting());
     sys::exit(127)
 }
 
@@ -240,14 +251,14 @@ fn prepare<'a>(
 }
 
 /// Executes the file, or says why it cannot be. `path` is where its path is put together, if it has to be.
-fn execute<'p>(launch: &Launch<'p>, path: &'p mut Path) -> Failure<'p> {
-    let argv = Pointers::<{ MAX_STRINGS + 1 }>::new(launch.argv.iter());
-    let env = Pointers::<{ MAX_STRINGS + 1 }>::new(launch.env.iter());
-    let name = launch.argv.iter().next().unwrap_or_default();
+fn execute<'p>(arguments: Strings<'p>, environment: Strings<'p>, path: &'p mut Path) -> Failure<'p> {
+    let argv = Pointers::<{ MAX_STRINGS + 1 }>::new(arguments.iter());
+    let env = Pointers::<{ MAX_STRINGS + 1 }>::new(environment.iter());
+    let name = arguments.iter().next().unwrap_or_default();
     if name.to_bytes().contains(&b'/') {
         return why_not(sys::execve(name, &argv, &env), name);
     }
-    let folders = launch.env.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH=")).unwrap_or(PATH);
+    let folders = environment.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH=")).unwrap_or(PATH);
     let mut found = None;
     // A program without a name would be the folder itself.
     for folder in folders.split(|byte| *byte == b':').filter(|_| !name.is_empty()) {

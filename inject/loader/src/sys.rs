@@ -6,7 +6,7 @@ use core::arch::x86_64::_rdtsc;
 use core::ffi::{CStr, c_char};
 use core::ptr;
 
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -89,6 +89,12 @@ pub fn fork() -> Result<Fork, Errno> {
     // SAFETY: as fork(2); there is one thread, so the child's memory is as consistent as the parent's.
     let pid = unsafe { syscall(SYS_CLONE, [SIGCHLD, 0, 0, 0, 0]) }?;
     Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
+}
+
+/// Standard input, output or error: 0, 1 or 2.
+pub fn standard(number: u8) -> BorrowedFd<'static> {
+    // SAFETY: something is open as each of them from the beginning on, and nobody closes it.
+    unsafe { BorrowedFd::borrow_raw(number.min(2).into()) }
 }
 
 /// A list of strings as `execve` wants it: pointers, and a null one at the end.

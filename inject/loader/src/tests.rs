@@ -71,6 +71,7 @@ proptest! {
     #[test]
     fn launches_survive(
         parts in parts(),
+        job in 0..4u8,
         tty in prop::option::of(window_size()),
         freeze in prop::sample::select(&[Freeze::None, Freeze::Stop, Freeze::Cgroup][..]),
         thaw_at_end: bool,
@@ -88,7 +89,11 @@ proptest! {
         };
         let [uid, gid, timeout_ms] = ids;
         check_to_guest(ToGuest::Launch(Launch {
-            argv: Strings::new(&parts.argv).unwrap(),
+            job: match (&parts.cwd, job) {
+                (Some(path), 1) => Job::Pack(path),
+                (Some(path), 2..) => Job::Unpack { path, rename: job == 2 },
+                _ => Job::Run(Strings::new(&parts.argv).unwrap()),
+            },
             env: Strings::new(&parts.env).unwrap(),
             cwd: parts.cwd.as_deref(),
             tty,
@@ -172,9 +177,9 @@ fn check_from_guest_len(bytes: &[u8], expected: Result<(), Full>) {
 #[test]
 fn launches_are_checked() {
     let argv = pack(["true"]).unwrap();
-    let launch = Launch::new(Strings::new(&argv).unwrap());
+    let launch = Launch::new(Job::Run(Strings::new(&argv).unwrap()));
     for (wrong, field) in [
-        (Launch { argv: Strings::default(), ..launch }, "list of arguments"),
+        (Launch { job: Job::Run(Strings::default()), ..launch }, "list of arguments"),
         (Launch { realtime: Some(0), ..launch }, "real-time priority"),
         (Launch { realtime: Some(100), ..launch }, "real-time priority"),
         (Launch { nice: Some(20), ..launch }, "niceness"),

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use civic_inject::LOADER;
-use civic_inject::wire::{Exit, FromGuest, Launch, Stage, Step, Strings, ToGuest, pack, split};
+use civic_inject::wire::{Exit, FromGuest, Job, Launch, Stage, Step, Strings, ToGuest, pack, split};
 use tempfile::TempDir;
 
 /// Everything here takes a fraction of this even on a busy machine.
@@ -228,12 +228,28 @@ impl Guest {
 
     /// Launches `argv` as `change` says.
     pub fn launch<'a>(&mut self, argv: &[&str], change: impl FnOnce(&mut Launch<'a>)) {
-        let mut launch = Launch::new(Strings::default());
+        let mut launch = Launch::new(Job::Run(Strings::default()));
         change(&mut launch);
         let argv = pack(argv).unwrap();
         let env = pack(["PATH=/usr/bin:/bin", "FOO=bar"]).unwrap();
-        let (argv, env) = (Strings::new(&argv).unwrap(), Strings::new(&env).unwrap());
-        self.send(ToGuest::Launch(Launch { argv, env, ..launch }));
+        let (job, env) = (Job::Run(Strings::new(&argv).unwrap()), Strings::new(&env).unwrap());
+        self.send(ToGuest::Launch(Launch { job, env, ..launch }));
+    }
+
+    /// Has the loader itself do something with `input`.
+    pub fn copy(&mut self, job: Job<'_>, mut input: &[u8]) -> Heard {
+        self.send(ToGuest::Launch(Launch::new(job)));
+        let mut heard = Heard::default();
+        while !input.is_empty() {
+            let chunk = input.split_off(..input.len().min(self.credit).min(50_000)).unwrap();
+            self.send(ToGuest::Stdin(chunk));
+            self.credit -= chunk.len();
+            if self.credit == 0 && !self.hear(&mut heard) {
+                return heard;
+            }
+        }
+        self.send(ToGuest::StdinEnd);
+        self.hear_all(heard)
     }
 }
 

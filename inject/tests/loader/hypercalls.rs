@@ -11,7 +11,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use civic_inject::knock;
-use civic_inject::wire::{Exit, FromGuest, Launch, OP_RECV, OP_SEND, Step, Strings, ToGuest, UNMAPPED, pack, split};
+use civic_inject::wire::{
+    Exit, FromGuest, Job, Launch, OP_RECV, OP_SEND, Step, Strings, ToGuest, UNMAPPED, pack, split,
+};
 use nix::libc::{EPERM, SYS_ioperm, user_regs_struct};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -148,9 +150,11 @@ fn so_do_breakpoints() {
 fn carry_everything(mut monitor: Monitor) {
     let argv = pack(["cat"]).unwrap();
     let input: Vec<u8> = (0..30_000u32).map(|n| (n % 251) as u8).collect();
-    for message in
-        [ToGuest::Launch(Launch::new(Strings::new(&argv).unwrap())), ToGuest::Stdin(&input), ToGuest::StdinEnd]
-    {
+    for message in [
+        ToGuest::Launch(Launch::new(Job::Run(Strings::new(&argv).unwrap()))),
+        ToGuest::Stdin(&input),
+        ToGuest::StdinEnd,
+    ] {
         message.encode(&mut monitor.to_guest).unwrap();
     }
     assert_eq!(monitor.run(), 0);
@@ -169,7 +173,7 @@ fn carry_everything(mut monitor: Monitor) {
 fn hypercalls_tell_of_failures() {
     let argv = pack(["/no/such/program"]).unwrap();
     let mut monitor = Monitor::default();
-    ToGuest::Launch(Launch::new(Strings::new(&argv).unwrap())).encode(&mut monitor.to_guest).unwrap();
+    ToGuest::Launch(Launch::new(Job::Run(Strings::new(&argv).unwrap()))).encode(&mut monitor.to_guest).unwrap();
     assert_eq!(monitor.run(), 0);
     let mut failed = None;
     monitor.frames(|frame| {
@@ -185,7 +189,7 @@ fn a_monitor_that_answers_no_more_ends_the_loader() {
     let argv = pack(["sleep", "1000"]).unwrap();
     for broken_after in [0, 40] {
         let mut monitor = Monitor { broken_after: Some(broken_after), ..Monitor::default() };
-        ToGuest::Launch(Launch::new(Strings::new(&argv).unwrap())).encode(&mut monitor.to_guest).unwrap();
+        ToGuest::Launch(Launch::new(Job::Run(Strings::new(&argv).unwrap()))).encode(&mut monitor.to_guest).unwrap();
         assert_eq!(monitor.run(), 1);
     }
 }

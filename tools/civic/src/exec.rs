@@ -43,6 +43,7 @@ pub async fn exec(dir: &RunDir, args: ExecArgs) -> Result<()> {
     let tty = args.tty.then(window).transpose()?;
     let request = ProgramRequest {
         argv: args.program.clone(),
+        copy: None,
         env: environment(&args.env, tty.is_some()),
         cwd: args.workdir.clone(),
         tty: tty.map(|size| TerminalSize { rows: size.rows, columns: size.columns }),

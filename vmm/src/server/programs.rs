@@ -32,9 +32,9 @@ pub(super) fn documented() -> OpenApiRouter<Api> {
     OpenApiRouter::new().routes(routes!(start_program)).routes(routes!(talk))
 }
 
-/// Starts a program in a fork, from outside.
+/// Starts a program in a fork, from outside, or copies files.
 ///
-/// Nothing in the guest helps: a loader is brought into its kernel, and starts the program. The answer comes when the loader runs; how the
+/// Nothing in the guest helps: a loader is brought into its kernel, and starts the program, or packs or unpacks the files itself. The answer comes when the loader runs; how the
 /// program goes on is told by its stream, which nobody needs to take at once.
 #[utoipa::path(post, path = "/v1/programs", request_body = ProgramRequest, responses(
     (status = 200, description = "Its loader runs", body = StartedProgram),
@@ -61,7 +61,7 @@ async fn start_program(
 ///
 /// Send `Connection: upgrade` and `Upgrade: civic-program`. After `101` the connection carries frames of `civic-loader`'s protocol: what the
 /// loader says, and for it Stdin, StdinEnd, Signal, WindowSize and Thaw. It ends with the loader. A program whose client goes before gets
-/// SIGHUP, and what it says from then on is lost.
+/// SIGHUP, and what it says from then on is lost. Files are copied as if a program took or gave them: Stdin or Stdout is a tar stream.
 #[utoipa::path(get, path = "/v1/programs/{id}", params(("id" = u64, Path, description = "Its number")), responses(
     (status = 101, description = "Frames follow"),
     (status = 400, description = "No upgrade to civic-program was asked for", body = ErrorBody),

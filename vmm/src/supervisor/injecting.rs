@@ -7,14 +7,15 @@
 //!
 //! One at a time; a fork waits meanwhile, so no other VM gets what was placed.
 
+use std::ffi::CString;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use civic_api::{
-    ErrorBody, ErrorCode, Freeze, GuestFiles, InjectStages, MAX_PROGRAM_WAIT_MS, MIN_MTU, NetConfig, ProgramNetwork,
-    ProgramRequest, ProgramRoot, STORE_ID, StartedProgram, VmConfig, VmState,
+    CopyDirection, CopyRequest, ErrorBody, ErrorCode, Freeze, GuestFiles, InjectStages, MAX_PROGRAM_WAIT_MS, MIN_MTU,
+    NetConfig, ProgramNetwork, ProgramRequest, ProgramRoot, STORE_ID, StartedProgram, VmConfig, VmState,
 };
 use civic_devices::virtio::GuestRam;
 use civic_guest::kernel::Kernel;
@@ -23,7 +24,8 @@ use civic_inject::LOADER;
 use civic_inject::code::Mailbox;
 use civic_inject::hook::Progress;
 use civic_inject::plan::Plan;
-use civic_inject::wire::{self, Disk, Launch, Mac, Network, Root, Store, Strings, ToGuest, WindowSize, pack};
+use civic_inject::wire::archive::MAX_NAME;
+use civic_inject::wire::{self, Disk, Job, Launch, Mac, Network, Root, Store, Strings, ToGuest, WindowSize, pack};
 use nix::errno::Errno;
 use tracing::{info, warn};
 
@@ -357,11 +359,12 @@ fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<u8>, ErrorB
     let invalid = |message: &str| ErrorBody::new(ErrorCode::InvalidRequest, message);
     let strings =
         |strings: &[String], what: &str| pack(strings).ok_or_else(|| invalid(&format!("{what} contains a zero byte")));
-    if request.argv.is_empty() {
+    let path = request.copy.as_ref().map(|copy| copied_path(request, copy)).transpose()?;
+    if request.argv.is_empty() && path.is_none() {
         return Err(invalid("there is no program"));
     }
     let (argv, env) = (strings(&request.argv, "an argument")?, strings(&request.env, "the environment")?);
-    let cwd = request.cwd.as_deref().map(std::ffi::CString::new).transpose();
+    let cwd = request.cwd.as_deref().map(CString::new).transpose();
     let cwd = cwd.map_err(|_| invalid("the working directory contains a zero byte"))?;
     let store = config.disks.iter().find(|disk| disk.id == STORE_ID);
     let root = match (request.root, store) {
@@ -385,6 +388,13 @@ fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<u8>, ErrorB
         None => (None, Vec::new()),
     };
     let long = |_| invalid("too many arguments or variables");
+    let job = match (&request.copy, path.as_deref()) {
+        (Some(CopyRequest { direction: CopyDirection::In, rename, .. }), Some(path)) => {
+            Job::Unpack { path, rename: *rename }
+        }
+        (Some(CopyRequest { direction: CopyDirection::Out, .. }), Some(path)) => Job::Pack(path),
+        _ => Job::Run(Strings::new(&argv).map_err(long)?),
+    };
     let launch = Launch {
         env: Strings::new(&env).map_err(long)?,
         cwd: cwd.as_deref(),
@@ -403,7 +413,7 @@ fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<u8>, ErrorB
         network,
         down: &down,
         timeout_ms: u32::try_from(request.wait_ms).unwrap_or(u32::MAX),
-        ..Launch::new(Strings::new(&argv).map_err(long)?)
+        ..Launch::new(job)
     };
     let mut bytes = Vec::new();
     ToGuest::Launch(launch).encode(&mut bytes).map_err(|_| invalid("the arguments and variables are too long"))?;
@@ -428,6 +438,30 @@ fn cards(network: &ProgramNetwork, config: &VmConfig) -> Result<(Network, Vec<Ma
     let down = others.into_iter().filter(|_| !network.keep_others).map(mac).collect();
     let (address, prefix) = (network.address.addr(), network.address.prefix_len());
     Ok((Network { mac: mac(card), address, prefix, gateway: network.gateway, mtu: network.mtu }, down))
+}
+
+/// The path of what is copied, if nothing is asked for that belongs to programs.
+fn copied_path(request: &ProgramRequest, copy: &CopyRequest) -> Result<CString, ErrorBody> {
+    let invalid = |message: String| ErrorBody::new(ErrorCode::InvalidRequest, message);
+    let others = [
+        ("arguments", !request.argv.is_empty()),
+        ("an environment", !request.env.is_empty()),
+        ("a working directory", request.cwd.is_some()),
+        ("a terminal", request.tty.is_some()),
+    ];
+    if let Some((what, _)) = others.iter().find(|(_, given)| *given) {
+        return Err(invalid(format!("what is copied has no use for {what}")));
+    }
+    if copy.rename && copy.direction == CopyDirection::Out {
+        return Err(invalid("what is copied out of the guest is renamed by who gets it".into()));
+    }
+    if !copy.path.starts_with('/') {
+        return Err(invalid(format!("the path '{}' is not absolute", copy.path)));
+    }
+    if copy.path.len() > MAX_NAME {
+        return Err(invalid(format!("a path of {} bytes is too long: at most {MAX_NAME}", copy.path.len())));
+    }
+    CString::new(copy.path.as_str()).map_err(|_| invalid("the path contains a zero byte".into()))
 }
 
 #[cfg(test)]
@@ -469,5 +503,35 @@ mod tests {
         }
         assert_eq!(refused(r#"{"argv":["a"],"root":"store"}"#).code, ErrorCode::WrongState);
         launch(&request(r#"{"argv":["a"],"realtime":1,"nice":-20}"#), &config()).unwrap();
+    }
+
+    fn copy(path: &str) -> ProgramRequest {
+        let text = format!(r#"{{"copy": {{"direction": "in", "path": "{path}"}}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn what_is_copied_has_a_path_and_nothing_else() {
+        let check = |request: ProgramRequest, expected: &str| {
+            let copy = request.copy.clone().unwrap();
+            let told = copied_path(&request, &copy).map_err(|error| error.message);
+            assert_eq!(told.map(|path| path.into_string().unwrap()).unwrap_or_else(|told| told), expected);
+        };
+        check(copy("/etc/"), "/etc/");
+        check(copy("etc"), "the path 'etc' is not absolute");
+        check(copy(""), "the path '' is not absolute");
+        check(copy("/a\\u0000b"), "the path contains a zero byte");
+        check(copy(&format!("/{}", "x".repeat(4095))), "a path of 4096 bytes is too long: at most 4095");
+        check(ProgramRequest { argv: vec!["ls".into()], ..copy("/") }, "what is copied has no use for arguments");
+        check(ProgramRequest { env: vec!["A=b".into()], ..copy("/") }, "what is copied has no use for an environment");
+        check(
+            ProgramRequest { cwd: Some("/".into()), ..copy("/") },
+            "what is copied has no use for a working directory",
+        );
+        let tty = Some(civic_api::TerminalSize { rows: 1, columns: 1 });
+        check(ProgramRequest { tty, ..copy("/") }, "what is copied has no use for a terminal");
+        let out = CopyRequest { direction: CopyDirection::Out, path: "/".into(), rename: true };
+        let out = ProgramRequest { copy: Some(out), ..copy("/") };
+        check(out, "what is copied out of the guest is renamed by who gets it");
     }
 }
