@@ -10,22 +10,20 @@
 //! took longer than it may, 125 for everything that is not the program's fault.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use civic_api::client::ConsoleStream;
 use civic_api::{ProgramRequest, StartedProgram, TerminalSize};
-use civic_loader::{Exit, FromGuest, Stage, Step, ToGuest, WindowSize, split};
-use nix::errno::Errno;
+use civic_loader::{Stage, ToGuest, WindowSize};
 use nix::libc;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::cli::ExecArgs;
 use crate::console::read_stdin;
 use crate::rundir::RunDir;
+use crate::talk::{Outcome, Output, Talk, frame};
 use crate::terminal::Raw;
 use crate::{Ended, advice, on};
 
@@ -33,8 +31,6 @@ use crate::{Ended, advice, on};
 const GRACE: Duration = Duration::from_secs(5);
 /// What timeout(1) ends with.
 const TIMED_OUT: u8 = 124;
-const NOT_EXECUTABLE: u8 = 126;
-const NOT_THERE: u8 = 127;
 /// Signals that a program gets in our place, when it has no terminal of its own.
 const FORWARDED: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
@@ -61,7 +57,8 @@ pub async fn exec(dir: &RunDir, args: ExecArgs) -> Result<()> {
     let program = on(dir, name, async |vm| vm.start_program(&request).await).await?;
     let stream = on(dir, name, async |vm| vm.program(program.id).await).await?;
     let raw = if args.tty { Raw::enter().context("cannot use the terminal")? } else { None };
-    let outcome = Talk::start(stream, args.tty)?.until_its_end(args.timeout.map(Duration::from_secs)).await;
+    let (talk, written) = start(stream, args.tty)?;
+    let outcome = until_its_end(talk, written, args.timeout.map(Duration::from_secs)).await;
     drop(raw);
     let outcome = outcome?;
     if args.stages {
@@ -105,127 +102,48 @@ fn window() -> Result<WindowSize> {
     Ok(WindowSize { rows: size.ws_row, columns: size.ws_col, width: size.ws_xpixel, height: size.ws_ypixel })
 }
 
-/// How a program ended.
-struct Outcome {
-    status: u8,
-    /// When the loader had come how far, by the guest's time stamp counter.
-    stages: Vec<(Stage, u64)>,
-}
-
-/// A conversation with a program.
-struct Talk {
-    from_guest: ReadHalf<ConsoleStream>,
-    to_guest: mpsc::Sender<Vec<u8>>,
-    credit: Arc<Semaphore>,
-    output: mpsc::Sender<Output>,
-    written: oneshot::Receiver<()>,
-}
-
-enum Output {
-    Stdout(Vec<u8>),
-    Stderr(Vec<u8>),
-}
-
-fn frame(frame: &ToGuest<'_>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    // What we send is shorter than a frame may be.
-    let _ = frame.encode(&mut bytes);
-    bytes
-}
-
-impl Talk {
-    fn start(stream: ConsoleStream, tty: bool) -> Result<Self> {
-        let (from_guest, write) = tokio::io::split(stream);
-        let (to_guest, frames) = mpsc::channel(16);
-        let credit = Arc::new(Semaphore::new(0));
-        let (output, wanted) = mpsc::channel(16);
-        let (done, written) = oneshot::channel();
-        std::thread::Builder::new().name("output".into()).spawn(move || {
-            write_output(wanted);
-            let _ = done.send(());
-        })?;
-        let (typed, input) = mpsc::channel(1);
-        std::thread::Builder::new().name("stdin".into()).spawn(move || read_stdin(typed))?;
-        tokio::spawn(send_input(input, Arc::clone(&credit), to_guest.clone()));
-        tokio::spawn(send(frames, write));
-        if tty {
-            forward_sizes(to_guest.clone())?;
-        } else {
-            forward_signals(&to_guest)?;
-        }
-        Ok(Self { from_guest, to_guest, credit, output, written })
+/// Begins to talk with a program; also gives what is told when all of its output is written.
+fn start(stream: ConsoleStream, tty: bool) -> Result<(Talk, oneshot::Receiver<()>)> {
+    let (output, wanted) = mpsc::channel(16);
+    let (done, written) = oneshot::channel();
+    std::thread::Builder::new().name("output".into()).spawn(move || {
+        write_output(wanted);
+        let _ = done.send(());
+    })?;
+    let (typed, input) = mpsc::channel(1);
+    std::thread::Builder::new().name("stdin".into()).spawn(move || read_stdin(typed))?;
+    let talk = Talk::start(stream, input, output);
+    if tty {
+        forward_sizes(talk.to_guest())?;
+    } else {
+        forward_signals(&talk.to_guest())?;
     }
-
-    /// Serves it until it has ended; one that takes longer than `limit` is made to.
-    async fn until_its_end(self, limit: Option<Duration>) -> Result<Outcome> {
-        let Self { from_guest, to_guest, credit, output, written } = self;
-        let heard = hear(from_guest, credit, output);
-        tokio::pin!(heard);
-        let ends = async |after: Option<Duration>| match after {
-            Some(after) => tokio::time::sleep(after).await,
-            None => std::future::pending().await,
-        };
-        let outcome = tokio::select! {
-            outcome = &mut heard => outcome?,
-            () = ends(limit) => {
-                for signal in [libc::SIGTERM, libc::SIGKILL] {
-                    let _ = to_guest.send(frame(&ToGuest::Signal(signal as u8))).await;
-                    if let Ok(outcome) = tokio::time::timeout(GRACE, &mut heard).await {
-                        return Ok(Outcome { status: TIMED_OUT, ..outcome? });
-                    }
-                }
-                bail!("the program does not end, though it was killed");
-            }
-        };
-        let _ = written.await;
-        Ok(outcome)
-    }
+    Ok((talk, written))
 }
 
-/// Takes what the guest says, until the last of it.
-async fn hear(
-    mut from_guest: ReadHalf<ConsoleStream>,
-    credit: Arc<Semaphore>,
-    output: mpsc::Sender<Output>,
-) -> Result<Outcome> {
-    let (mut bytes, mut stages) = (Vec::new(), Vec::new());
-    loop {
-        let mut done = 0;
-        while let Some((frame, len)) = split(&bytes[done..]).context("the monitor makes no sense")? {
-            match FromGuest::decode(frame).context("the monitor makes no sense")? {
-                FromGuest::Hello { credit: more, .. } | FromGuest::Credit(more) => credit.add_permits(more as usize),
-                FromGuest::Stage { stage, tsc } => stages.push((stage, tsc)),
-                // Nobody reads: as with a pipe, the program is told when it is over.
-                FromGuest::Stdout(part) => drop(output.send(Output::Stdout(part.to_vec())).await),
-                FromGuest::Stderr(part) => drop(output.send(Output::Stderr(part.to_vec())).await),
-                FromGuest::Warning(text) => eprintln!("civic: {text}"),
-                FromGuest::Exited(Exit::Code(status)) => return Ok(Outcome { status, stages }),
-                FromGuest::Exited(Exit::Signal { signal, .. }) => {
-                    return Ok(Outcome { status: 128_u8.wrapping_add(signal), stages });
-                }
-                FromGuest::Failed { step, errno, text } => return failed(step, errno, text, stages),
-            }
-            done += len;
-        }
-        bytes.drain(..done);
-        if from_guest.read_buf(&mut bytes).await.context("the connection to the monitor broke")? == 0 {
-            bail!("the VM has ended, and the program with it");
-        }
-    }
-}
-
-/// A program that cannot be executed is told as a shell does.
-fn failed(step: Step, errno: i32, text: &str, stages: Vec<(Stage, u64)>) -> Result<Outcome> {
-    let text = match errno {
-        0 => text.to_owned(),
-        errno => format!("{text}: {}", Errno::from_raw(errno).desc()),
+/// Serves a program until it has ended; one that takes longer than `limit` is made to.
+async fn until_its_end(talk: Talk, written: oneshot::Receiver<()>, limit: Option<Duration>) -> Result<Outcome> {
+    let to_guest = talk.to_guest();
+    let heard = talk.hear();
+    tokio::pin!(heard);
+    let ends = async |after: Option<Duration>| match after {
+        Some(after) => tokio::time::sleep(after).await,
+        None => std::future::pending().await,
     };
-    if step != Step::Exec {
-        bail!("{text}");
-    }
-    eprintln!("civic: {text}");
-    let status = if errno == libc::ENOENT { NOT_THERE } else { NOT_EXECUTABLE };
-    Ok(Outcome { status, stages })
+    let outcome = tokio::select! {
+        outcome = &mut heard => outcome?,
+        () = ends(limit) => {
+            for signal in [libc::SIGTERM, libc::SIGKILL] {
+                let _ = to_guest.send(frame(&ToGuest::Signal(signal as u8))).await;
+                if let Ok(outcome) = tokio::time::timeout(GRACE, &mut heard).await {
+                    return Ok(Outcome { status: TIMED_OUT, ..outcome? });
+                }
+            }
+            bail!("the program does not end, though it was killed");
+        }
+    };
+    let _ = written.await;
+    Ok(outcome)
 }
 
 fn write_output(mut wanted: mpsc::Receiver<Output>) {
@@ -240,25 +158,6 @@ fn write_output(mut wanted: mpsc::Receiver<Output>) {
             Output::Stderr(bytes) => io::stderr().write_all(bytes),
         };
         broken |= written.is_err();
-    }
-}
-
-async fn send_input(mut input: mpsc::Receiver<Vec<u8>>, credit: Arc<Semaphore>, to_guest: mpsc::Sender<Vec<u8>>) {
-    while let Some(chunk) = input.recv().await {
-        let Ok(permits) = credit.acquire_many(chunk.len() as u32).await else { return };
-        permits.forget();
-        if to_guest.send(frame(&ToGuest::Stdin(&chunk))).await.is_err() {
-            return;
-        }
-    }
-    let _ = to_guest.send(frame(&ToGuest::StdinEnd)).await;
-}
-
-async fn send(mut frames: mpsc::Receiver<Vec<u8>>, mut guest: WriteHalf<ConsoleStream>) {
-    while let Some(frame) = frames.recv().await {
-        if guest.write_all(&frame).await.is_err() {
-            return;
-        }
     }
 }
 
@@ -308,13 +207,5 @@ mod tests {
         let env = environment(&["HOME=/tmp".into(), "A=b=c".into(), "A=d".into()], false);
         let usual = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
         assert_eq!(env, [usual, "HOME=/tmp", "A=d"]);
-    }
-
-    #[test]
-    fn what_cannot_be_executed_ends_as_in_a_shell() {
-        let status = |step, errno| failed(step, errno, "x", Vec::new()).map(|outcome| outcome.status).ok();
-        assert_eq!(status(Step::Exec, libc::ENOENT), Some(127));
-        assert_eq!(status(Step::Exec, libc::EACCES), Some(126));
-        assert_eq!(status(Step::Store, libc::ENOENT), None);
     }
 }

@@ -23,6 +23,7 @@ mod save;
 mod show;
 mod stop;
 mod table;
+mod talk;
 mod terminal;
 
 use std::io::Write;
