@@ -402,6 +402,13 @@ impl Vm {
         Ok(format!("{} --run-dir {}", program.display(), self.run_dir.path().display()))
     }
 
+    /// Copies files from outside, with these options of `civic cp`; the guest's path has a colon before it.
+    pub fn cp(&self, options: &[&str], from: &str, to: &str) -> Result<String> {
+        let place = |path: &str| if path.starts_with(':') { format!("{}{path}", self.name) } else { path.to_owned() };
+        let out = civic(self.run_dir.path())?.arg("cp").args(options).args([place(from), place(to)]).output()?;
+        checked(out, &format!("civic cp {from} {to}"))
+    }
+
     /// What is found out about the guest's kernel from outside.
     pub fn guest(&self) -> Result<GuestKernel> {
         Ok(serde_json::from_str(&self.civic(&["info", "--guest", "--json"])?)?)

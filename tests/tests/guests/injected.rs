@@ -1,7 +1,8 @@
 //! Programs that are started in forks of stock guests, from outside: nothing in the guest helps, and nothing of it is left behind.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ pub fn tiny(spec: &Spec, rounds: u32) -> Result<()> {
     let (mut child, _) = vm.fork("child")?;
     programs(&mut child)?;
     with_files(&child).context("with a System.map")?;
+    copies(&mut child).context("copying")?;
     child.check_kernel_log()?;
     frozen(&mut child).context("with the guest frozen")?;
     child.kill()?;
@@ -129,6 +131,48 @@ fn with_files(child: &Vm) -> Result<()> {
     let refused = child.exec(&["--system-map", &path], &["/bin/echo", "there"], b"")?;
     let said = text(&refused.stderr);
     ensure!(refused.status.code() == Some(125) && said.contains("another kernel's"), "{refused:?}");
+    Ok(())
+}
+
+/// Folders and files go in and out as they are, by nothing that the guest has.
+fn copies(child: &mut Vm) -> Result<()> {
+    let before = sums(child)?;
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name).to_str().map(str::to_owned).context("a path of ours is UTF-8");
+    let long = "more than a header has a place for ".repeat(5);
+    let binary: Vec<u8> = (0..MUCH).map(|n| (n * n / 7) as u8).collect();
+    let deep = Path::new("deep").join(&long).join(&long);
+    fs::create_dir_all(dir.path().join("in/deep").join(&long))?;
+    fs::write(dir.path().join("in").join(&deep), "long\n")?;
+    fs::write(dir.path().join("in/binary"), &binary)?;
+    fs::set_permissions(dir.path().join("in/binary"), Permissions::from_mode(0o751))?;
+    symlink("../binary", dir.path().join("in/deep/link"))?;
+
+    let report: serde_json::Value = serde_json::from_str(&child.cp(&["--json"], &path("in")?, ":/tmp/copied")?)?;
+    ensure!(report["files"] == 3 && report["bytes"] == MUCH + "long\n".len(), "{report}");
+    let sum = text(&child.exec(&[], &["sha256sum"], &binary)?.stdout).replace('-', "binary");
+    let script =
+        "cd /tmp/copied; sha256sum binary; cat deep/*/*; readlink deep/link; stat -c '%a %u' binary; ls -A | wc -l";
+    let out = child.exec(&[], &["/bin/sh", "-c", script], b"")?;
+    expect(&out, 0, &format!("{sum}long\n../binary\n751 0\n2\n"), "")?;
+
+    child.cp(&[], ":/tmp/copied/.", &path("out")?)?;
+    let out = |path: &Path| fs::read(dir.path().join("out").join(path));
+    ensure!(out(Path::new("binary"))? == binary && out(&deep)? == b"long\n", "what came back is something else");
+    ensure!(
+        dir.path().join("out/deep/link").read_link()? == Path::new("../binary"),
+        "the link came back as something else"
+    );
+    let (went, came) = (dir.path().join("in/binary").metadata()?, dir.path().join("out/binary").metadata()?);
+    ensure!((went.mode(), went.modified()?) == (came.mode(), came.modified()?), "{went:?}, {came:?}");
+    child.cp(&[], ":/bin/busybox", &path("out")?)?;
+    let size = text(&child.exec(&[], &["stat", "-c", "%s", "/bin/busybox"], b"")?.stdout);
+    ensure!(out(Path::new("busybox"))?.len().to_string() == size.trim(), "it has {size}");
+    let refused = child.cp(&[], ":/no/such", &path("out")?).err().context("what is not there was copied")?;
+    ensure!(format!("{refused:#}").contains("/no/such: no such file or folder"), "{refused:#}");
+    child.exec(&[], &["rm", "-r", "/tmp/copied"], b"")?;
+    let after = sums(child)?;
+    ensure!(after == before, "the kernel was {before:?}, and is {after:?}");
     Ok(())
 }
 

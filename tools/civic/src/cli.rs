@@ -8,9 +8,11 @@ use civic_api::{
     AfterSave, BalloonConfig, ByteSize, CONSOLE_PORT_SERIAL, ConsoleConfig, DEVICE_WAIT_MS, ForksConfig, VmConfig,
     VsockConfig, validate_name,
 };
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::advice;
+use crate::cp::Place;
 use crate::devices::{DiskSpec, ForksSpec, NetSpec, StoreSpec, VsockSpec};
 
 const EXAMPLES: &str = "\
@@ -116,6 +118,9 @@ pub enum Command {
     /// Run a program inside a fork, from outside: nothing in the guest needs to help.
     #[command(after_help = EXEC_HELP)]
     Exec(ExecArgs),
+    /// Copy files into a fork or out of it, from outside: nothing in the guest needs to help.
+    #[command(after_help = CP_HELP)]
+    Cp(CpArgs),
     /// Show which VM was forked from which.
     Tree {
         /// Print JSON.
@@ -340,6 +345,49 @@ Examples:
   civic exec web-1 -- /bin/ps aux
   civic exec --tty web-1 -- /bin/sh
   civic exec --freeze web-1 -- strace -f -p 812";
+
+const CP_HELP: &str = "\
+One of SOURCE and DESTINATION is NAME:PATH, a fork and an absolute path in it; the other is a path here, or
+- for a tar stream on standard input or output. A path here that has a colon needs a ./ before it.
+
+A file or folder goes into a DESTINATION that is a folder, under its own name; else the DESTINATION is its new
+name, and the folder that this is in must be there. Of a folder whose path ends with /. only what is in it is
+copied. A tar stream is unpacked in a folder that is there. Folders go whole; what is there already is
+replaced, file by file, and folders that are there stay as they are. Symbolic links are copied as such, and none
+is followed below SOURCE and DESTINATION; several names of one file become several files; devices, sockets
+and FIFOs are left out.
+
+Modes and times are kept. What goes into the guest is root's there, and what comes out is yours and loses its
+set-user-ID and set-group-ID bits, unless --archive is given; a tar stream has its owners anyway.
+
+Examples:
+  civic cp web-1:/var/log/nginx .
+  civic cp tools web-1:/opt/
+  civic cp web-1:/etc - | tar tv
+  tar c -C tools . | civic cp - web-1:/opt";
+
+/// What `civic cp` is told.
+#[derive(Debug, Args)]
+pub struct CpArgs {
+    /// What to copy.
+    #[arg(value_name = "SOURCE", value_parser = OsStringValueParser::new().try_map(Place::parse))]
+    pub source: Place,
+    /// Where to.
+    #[arg(value_name = "DESTINATION", value_parser = OsStringValueParser::new().try_map(Place::parse))]
+    pub destination: Place,
+    /// Keep owners and groups, by number, and the bits for set-user-ID and set-group-ID.
+    #[arg(long, short = 'a')]
+    pub archive: bool,
+    /// What the path in the fork begins at: the store if there is one, if not given.
+    #[arg(long, value_name = "ROOT")]
+    pub root: Option<RootArg>,
+    /// How long it may take to begin, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = civic_api::PROGRAM_WAIT_MS / 1000)]
+    pub wait: u64,
+    /// Print a report as JSON: files, bytes, microseconds; on standard error if the files are on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// What `civic exec` is told.
 #[derive(Debug, Args)]
@@ -912,6 +960,24 @@ mod tests {
         assert_eq!(then(" --keep-running").unwrap(), AfterSave::Resume);
         assert_eq!(then(" --keep-paused --json").unwrap(), AfterSave::Pause);
         assert!(then(" --keep-paused --keep-running").is_err());
+    }
+
+    #[test]
+    fn places_to_copy_from_and_to() {
+        let place = |text: &str| match Cli::try_parse_from(["civic", "cp", text, "-"])?.command {
+            Command::Cp(args) => Ok::<_, clap::Error>(args.source),
+            command => panic!("{command:?}"),
+        };
+        let guest = |name: &str, path: &str| Place::Guest { name: name.into(), path: path.into() };
+        assert_eq!(place("web:/etc").unwrap(), guest("web", "/etc"));
+        assert_eq!(place("web:/a:b/.").unwrap(), guest("web", "/a:b/."));
+        assert_eq!(place("-").unwrap(), Place::Stream);
+        for path in ["a", "./a:b", "/a:/b", "a/b:/c", ".."] {
+            assert_eq!(place(path).unwrap(), Place::Here(path.into()));
+        }
+        for wrong in ["web:", "web:etc", "Web:/etc", ":/etc", ""] {
+            assert!(place(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -7,9 +7,11 @@
 //! Exit status: 0 when what was asked is done, 125 when not. The last line on stderr then says what to do.
 
 mod advice;
+mod archive;
 mod balloon;
 mod cli;
 mod console;
+mod cp;
 mod device;
 mod devices;
 mod exec;
@@ -90,6 +92,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             }
             Command::Fork(args) => fork::fork(&dir, args).await,
             Command::Exec(args) => exec::exec(&dir, args).await,
+            Command::Cp(args) => cp::cp(&dir, args).await,
             Command::Tree { json } => fork::tree(&dir, json).await,
             Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
             Command::Device { command } => device::device(&dir, command).await,
