@@ -20,6 +20,7 @@ mod balloon;
 mod examining;
 mod forking;
 mod injecting;
+mod launching;
 mod plugging;
 mod saving;
 
