@@ -63,6 +63,28 @@ pub struct ProgramRequest {
     pub wait_ms: u64,
 }
 
+impl Default for ProgramRequest {
+    /// Nothing, in the usual way.
+    fn default() -> Self {
+        Self {
+            argv: Vec::new(),
+            copy: None,
+            env: Vec::new(),
+            cwd: None,
+            tty: None,
+            freeze: Freeze::None,
+            root: None,
+            network: None,
+            realtime: None,
+            nice: None,
+            uid: 0,
+            gid: 0,
+            files: GuestFiles::default(),
+            wait_ms: PROGRAM_WAIT_MS,
+        }
+    }
+}
+
 /// An IPv4 address for a network card of the guest's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

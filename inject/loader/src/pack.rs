@@ -82,6 +82,7 @@ impl Packer<'_> {
                     Err(errno) => self.unreadable(errno, depth),
                 }
             }
+            _ if depth == 0 => Err(What::LeftOut.into()),
             _ => {
                 Trouble::from(What::LeftOut).tell(self.name.get());
                 Ok(())

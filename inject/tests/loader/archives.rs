@@ -271,6 +271,9 @@ fn what_is_no_file_is_left_out() {
     said.sort();
     assert_eq!(said, ["./fifo: left out: no file, folder or link", "./socket: left out: no file, folder or link"]);
     drop(socket);
+    let asked = dir.path().join("fifo");
+    let told = format!("{}: left out: no file, folder or link", asked.display());
+    assert_eq!(pack(&asked).assert_complained(), told);
 
     let to = tempfile::tempdir().unwrap();
     let archive =

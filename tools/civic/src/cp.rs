@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use civic_api::{CopyDirection, CopyRequest, Freeze, ProgramRequest, validate_name};
+use civic_api::{CopyDirection, CopyRequest, ProgramRequest, validate_name};
 use civic_loader::archive::last_part;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -133,7 +133,7 @@ async fn out(dir: &RunDir, args: &CpArgs, name: &str, path: &str, to: &Place) ->
         }
     });
     let copied = guest.until_the_end(&mut here).await;
-    if copied.is_err() {
+    if copied.is_err() && !here.is_finished() {
         // What is half made is cleared away, now that nothing more comes.
         let _ = tokio::time::timeout(LAST, here).await;
     }
@@ -196,14 +196,10 @@ impl Guest {
         content: Option<mpsc::Sender<Vec<u8>>>,
     ) -> Result<Self> {
         let request = ProgramRequest {
-            argv: Vec::new(),
             copy: Some(copy),
-            env: Vec::new(),
-            cwd: None,
-            tty: None,
-            freeze: Freeze::None,
             root: args.root.map(Into::into),
             wait_ms: args.wait.saturating_mul(1000),
+            ..ProgramRequest::default()
         };
         let program = on(dir, name, async |vm| vm.start_program(&request).await).await?;
         let stream = on(dir, name, async |vm| vm.program(program.id).await).await?;
