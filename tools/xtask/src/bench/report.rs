@@ -171,7 +171,7 @@ impl fmt::Display for Report {
         for r in &self.rows {
             let mark = if self.facts.testbed && r.kind == Kind::Timed { "*" } else { "" };
             let value = |v: f64| format!("{}{mark}", three_digits(v));
-            let percent = |v: f64| format!("{:.0}%", v * 100.0);
+            let percent = |v: f64| if v.is_finite() { format!("{:.0}%", v * 100.0) } else { "-".to_owned() };
             let quantiles =
                 [r.ours.median(), r.ours.quantile(0.9), r.ours.quantile(0.99), r.ours.max(), r.peer.median()];
             let mut line = vec![r.name.clone(), r.unit.to_owned(), r.ours.n().to_string()];
