@@ -18,7 +18,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("civic-fuzz", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-inject", "civic-vmm"]),
     ("civic-testbed", &[]),
     ("civic-tests", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-vmm"]),
-    ("xtask", &["civic-testbed"]),
+    ("xtask", &["civic-loader", "civic-testbed"]),
 ];
 
 /// The crates of this workspace with those of ours that they use, tests included.

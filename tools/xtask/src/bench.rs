@@ -5,6 +5,7 @@
 //!                                                  ├── boot             process start to user space; the monitor's own memory
 //!                                                  ├── io               disks, network, vsock
 //!                                                  ├── hotplug          a device until the guest uses it, beside device_add
+//!                                                  ├── inject           a program started from outside, beside QEMU's GDB stub
 //!                                                  └── fork             forks beside QEMU's background-snapshot
 //!                                   ├► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
 //!                                   └► tests/benches/fork --load       Debian under load, forked
@@ -26,12 +27,14 @@ mod fork;
 mod guest;
 mod hotplug;
 mod images;
+mod inject;
 mod io;
 mod machine;
 mod memory;
 mod net;
 mod qmp;
 mod report;
+mod rsp;
 mod stats;
 mod stillness;
 mod vsock;
@@ -68,7 +71,9 @@ pub enum What {
     Fork,
     /// A device that is plugged in, until the guest uses it.
     Hotplug,
-    /// `boot`, `io` and `hotplug`.
+    /// A program that is started in a fork from outside, until it runs.
+    Inject,
+    /// `boot`, `io`, `hotplug` and `inject`.
     All,
 }
 
@@ -97,7 +102,7 @@ pub struct Choice {
     /// `load`. May be given several times.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Rounds of each of `io`'s rows, of forks beside QEMU's snapshots, and of devices plugged in.
+    /// Rounds of each of `io`'s rows, of forks beside QEMU's snapshots, of devices plugged in and of programs started.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: Option<u16>,
     /// Seconds of each run of them.
@@ -256,6 +261,9 @@ pub fn host(args: &HostArgs) -> Result<bool> {
     }
     if matches!(args.what, What::Hotplug | What::All) {
         hotplug::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;
+    }
+    if matches!(args.what, What::Inject | What::All) {
+        inject::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;
     }
     if args.what == What::Fork {
         fork::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;

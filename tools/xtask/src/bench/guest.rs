@@ -159,6 +159,22 @@ impl<'a> Guest<'a> {
         if body.is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(body)?) }
     }
 
+    /// All that comes by a connection that the API switches to another protocol, until it ends.
+    pub fn listen(&self, path: &str, protocol: &str, limit: Duration) -> Result<Vec<u8>> {
+        const HEAD_END: &[u8] = b"\r\n\r\n";
+        let socket = self.tools.run_dir().join(&self.name).join("api.sock");
+        let mut stream = UnixStream::connect(&socket).context("cannot connect to the API's socket")?;
+        stream.set_read_timeout(Some(limit))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: civic\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).with_context(|| format!("{path} does not end"))?;
+        let end =
+            answer.windows(HEAD_END.len()).position(|w| w == HEAD_END).context("no HTTP answer")? + HEAD_END.len();
+        let head = String::from_utf8_lossy(&answer[..end]);
+        ensure!(head.starts_with("HTTP/1.1 101 "), "GET {path}: {}", String::from_utf8_lossy(&answer));
+        Ok(answer.split_off(end))
+    }
+
     /// The process that is the monitor.
     pub fn pid(&self) -> Result<u32> {
         if self.monitor != Monitor::Civic {

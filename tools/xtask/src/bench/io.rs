@@ -138,9 +138,9 @@ fn vsocks(tools: &Tools, report: &mut Report) -> Result<Option<[Vsock; 2]>> {
 }
 
 /// Fails if the guest's kernel complained.
-fn complaints(guest: &mut Guest) -> Result<()> {
+pub fn complaints(guest: &mut Guest) -> Result<()> {
     let bad = "Call Trace|BUG:|Oops|I/O error|blk_update_request|hung_task";
-    let found = guest.run(&format!("dmesg | grep -E '{bad}' || true"), PATIENCE)?;
+    let found = guest.run(&format!("dmesg | grep -B 6 -A 24 -E '{bad}' || true"), PATIENCE)?;
     ensure!(found.is_empty(), "the kernel in {} complains:\n{found}", guest.monitor().name());
     Ok(())
 }

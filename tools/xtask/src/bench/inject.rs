@@ -1,0 +1,313 @@
+//! A program started from outside in a guest that stands still, until it has said its first word: beside the same done on QEMU as the
+//! CIVIC paper did it (`inject/peer.rs` says how, and where it was made faster than the paper's).
+//!
+//! ```text
+//!           not counted                          counted
+//!  civic    fork --paused --store, console  │ resume, POST /v1/programs ………………………………………… the program ─▶ its word on the console
+//!  qemu     stop, device_add of the store   │ GDB stub: code, jump ─▶ continue ……………… the program ─▶ its word on the console
+//! ```
+//!
+//! The same kernel, initramfs and store: an ext4 file system with a static busybox, whose shell writes a line to the serial console.
+//! That is the first that can be seen of the program on both sides; Civic's loader also tells when it has executed it. Each round starts two
+//! programs in the guest: one just after the store was plugged in, and one again, when the guest has found it. Who is not measured stands
+//! still; Civic's guest is forked for each round, QEMU's is tidied up and goes on.
+//!
+//! A source looks for its kernel when it is first forked, and its later forks know it. So Civic finds the kernel within what is counted in
+//! the first round only, which warms up and is shown by itself (`unknown`): one sample, and everything else in it is cold too.
+//!
+//! A stage's row has all of the peer's time beside it, so that its ratio says how much of that it is. Stages of the loader are told in ticks
+//! of the guest's time stamp counter, whose rate the guest's kernel tells.
+
+mod code;
+mod peer;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use civic_loader::{Exit, FromGuest, Stage, split};
+use serde_json::{Value, json};
+
+use super::clock::Clock;
+use super::guest::{Guest, said};
+use super::io::complaints;
+use super::machine::{Image, Monitor, Spec, Tools, line};
+use super::progress;
+use super::report::{Kind, Promise, Report, Row};
+use super::stats::Samples;
+use peer::Peer;
+
+const MEMORY_MIB: u32 = 256;
+const CPUS: u8 = 1;
+/// How long anything may take that is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The time, as a share of the peer's.
+const TIME: f64 = 0.1;
+/// Civic's stages, as its monitor calls them.
+const MONITORS: [&str; 7] = ["find", "place", "hook", "queue", "exec", "remove", "hello"];
+/// And the loader's, each of which ends so.
+const LOADERS: [(Stage, &str); 5] = [
+    (Stage::Configured, "configured"),
+    (Stage::Frozen, "frozen"),
+    (Stage::Mounted, "mounted"),
+    (Stage::NetworkUp, "network"),
+    (Stage::Execed, "execed"),
+];
+
+/// A program that says a word of its own.
+struct Program(String);
+
+impl Program {
+    /// Not by the guest's serial port itself: a session that ends takes its terminal along.
+    fn script(&self) -> String {
+        format!("echo {} > /dev/console", self.0)
+    }
+
+    fn line(&self) -> String {
+        format!("{}\r\n", self.0)
+    }
+}
+
+/// How long it took to start one, in milliseconds.
+struct Run {
+    took: f64,
+    /// Of Civic only.
+    stages: Vec<(&'static str, f64)>,
+}
+
+/// Measures and reports.
+pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, report: &mut Report) -> Result<()> {
+    let rounds = rounds.map_or(if quick { 5 } else { 30 }, usize::from);
+    let stores = ["civic", "qemu"].map(|who| tools.work.join(format!("store-{who}.img")));
+    make_store(tools, &stores)?;
+    let (control, stub) = (tools.work.join("inject.qmp"), tools.work.join("inject.gdb"));
+    let spec = |monitor, cmdline: &str, more: Vec<String>| Spec {
+        monitor,
+        image: Image::BzImage,
+        cpus: CPUS,
+        memory_mib: MEMORY_MIB,
+        cmdline: cmdline.to_owned(),
+        disks: Vec::new(),
+        taps: Vec::new(),
+        vsock: None,
+        more,
+    };
+    // Who is not measured stands still for longer than a kernel finds usual.
+    let cmdline = "civic.bench=inject nosoftlockup";
+    let listens = |path: &PathBuf| format!("unix:{},server=on,wait=off", path.display());
+    let port =
+        ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1", "-qmp", &listens(&control), "-gdb", &listens(&stub)];
+    let ours = spec(Monitor::Civic, cmdline, Vec::new());
+    let theirs = spec(Monitor::Q35, &format!("{cmdline} nokaslr"), port.map(str::to_owned).into());
+    for (name, spec) in [("civic", &ours), ("qemu q35", &theirs)] {
+        report.command(name, line(&tools.command(spec, "NAME")));
+    }
+    let [store, peers_store] = stores;
+    let mut civic = Civic::new(tools, booted(tools, &ours)?, store)?;
+    let mut qemu = Peer::new(booted(tools, &theirs)?, &control, stub, peers_store)?;
+
+    let (mut firsts, mut agains): ([Vec<Run>; 2], [Vec<Run>; 2]) = Default::default();
+    // The first round warms up.
+    for round in 0..=rounds {
+        progress(&format!("starting programs from outside: round {round} of {rounds}"));
+        for who in [round % 2, (round + 1) % 2] {
+            let programs = ["first", "again"].map(|which| Program(format!("CIVIC-BENCH-PROGRAM-{which}-{round}")));
+            let done = if who == 0 { civic.round(round, &programs, clock) } else { qemu.round(&programs, clock) };
+            let [first, again] = done.with_context(|| format!("round {round} of {}", ["civic", "qemu"][who]))?;
+            firsts[who].push(first);
+            agains[who].push(again);
+        }
+    }
+    qemu.finish()?;
+    let ([ours, peers], [ours_again, peers_again]) = (&firsts, &agains);
+    let mut table = Table { report, how: "GDB stub, store just plugged in" };
+    table.all("", Promise::RatioAtMost(TIME), &ours[1..], &peers[1..]);
+    table.stages("", &ours[1..], &peers[1..]);
+    table.all(".unknown", Promise::None, &ours[..1], &peers[..1]);
+    table.stages(".unknown", &ours[..1], &peers[..1]);
+    table.how = "GDB stub, again";
+    table.all(".again", Promise::RatioAtMost(TIME), &ours_again[1..], &peers_again[1..]);
+    table.stages(".again", &ours_again[1..], &peers_again[1..]);
+    Ok(())
+}
+
+/// The rows.
+struct Table<'a> {
+    report: &'a mut Report,
+    how: &'static str,
+}
+
+impl Table<'_> {
+    fn all(&mut self, name: &str, promise: Promise, ours: &[Run], peers: &[Run]) {
+        let took = ours.iter().map(|run| run.took).collect();
+        self.row(format!("inject.first_instruction{name}"), promise, took, peers);
+    }
+
+    fn stages(&mut self, name: &str, ours: &[Run], peers: &[Run]) {
+        for (at, (stage, _)) in ours.first().into_iter().flat_map(|run| run.stages.iter().enumerate()) {
+            let took = ours.iter().map(|run| run.stages[at].1).collect();
+            self.row(format!("inject{name}.{stage}"), Promise::None, took, peers);
+        }
+    }
+
+    fn row(&mut self, name: String, promise: Promise, ours: Samples, peers: &[Run]) {
+        let (peer_name, how) = ("qemu q35".to_owned(), self.how.to_owned());
+        let peer = peers.iter().map(|run| run.took).collect();
+        self.report.add(Row { name, unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
+    }
+}
+
+/// A file system with a program, once for each monitor.
+fn make_store(tools: &Tools, images: &[PathBuf; 2]) -> Result<()> {
+    let tree = tools.work.join("store");
+    // The loader makes the folders that it wants where there are none.
+    for folder in ["bin", "dev/pts", "guest", "proc", "run", "sys", "tmp"] {
+        std::fs::create_dir_all(tree.join(folder))?;
+    }
+    std::fs::copy("/bin/busybox", tree.join("bin/busybox")).context("busybox-static is missing")?;
+    for image in images {
+        let mut command = Command::new("mke2fs");
+        said(command.args(["-q", "-F", "-t", "ext4", "-d"]).args([&tree, image]).arg("32M"))?;
+    }
+    Ok(())
+}
+
+fn booted<'a>(tools: &'a Tools, spec: &Spec) -> Result<Guest<'a>> {
+    progress(&format!("booting {}", spec.monitor.name()));
+    let mut guest = Guest::start(tools, spec)?;
+    guest.wait_ready()?;
+    Ok(guest)
+}
+
+/// Civic's source of forks.
+struct Civic<'a> {
+    tools: &'a Tools,
+    source: Guest<'a>,
+    store: PathBuf,
+    /// Of the guest's time stamp counter, in a millisecond.
+    ticks: f64,
+}
+
+impl<'a> Civic<'a> {
+    /// Looks at a guest that is up, and has it stand still.
+    fn new(tools: &'a Tools, mut source: Guest<'a>, store: PathBuf) -> Result<Self> {
+        let rate = source.run(RATE, PATIENCE)?;
+        let mhz: f64 =
+            rate.trim().parse().with_context(|| format!("the guest tells no rate of its counter: {rate}"))?;
+        source.ask("POST", "/v1/pause", &Value::Null)?;
+        Ok(Self { tools, source, store, ticks: mhz * 1e3 })
+    }
+
+    /// Has a fork start programs: with the store just plugged in, and then once more.
+    fn round(&mut self, round: usize, programs: &[Program; 2], clock: &Clock) -> Result<[Run; 2]> {
+        self.source.ask("POST", "/v1/resume", &Value::Null)?;
+        self.source.run("true", PATIENCE)?;
+        let name = format!("bench-child-{round}");
+        let store = format!("{},overlay", self.store.display());
+        let mut fork = self.tools.civic(&["fork", self.source.name(), "--name", &name, "--paused", "--store", &store]);
+        said(fork.arg("--overlay-dir").arg(&self.tools.work))?;
+        self.source.ask("POST", "/v1/pause", &Value::Null)?;
+        let mut child = Guest::attach(self.tools, name)?;
+        let first = self.start(&mut child, &programs[0], clock)?;
+        child.ask("POST", "/v1/pause", &Value::Null)?;
+        let again = self.start(&mut child, &programs[1], clock)?;
+        complaints(&mut child)?;
+        Ok([first, again])
+    }
+
+    /// From a fork that stands still until a program in it speaks; afterwards that has ended and the fork runs.
+    fn start(&self, child: &mut Guest, program: &Program, clock: &Clock) -> Result<Run> {
+        let argv = ["/bin/busybox", "sh", "-c", &program.script()];
+        let (mark, call) = (clock.mark(), Instant::now());
+        child.ask("POST", "/v1/resume", &Value::Null)?;
+        let resumed = call.elapsed();
+        let started = child.ask("POST", "/v1/programs", &json!({ "argv": argv }))?;
+        let spoke = child.wait(&program.line(), PATIENCE);
+        let stretch = clock.stretch(&mark)?;
+        let told = child.listen(&format!("/v1/programs/{}", started["id"]), "civic-program", PATIENCE)?;
+        // If there was no word, the loader knows why.
+        let loaders = loaders(&told, self.ticks)?;
+        let (_, spoke) = spoke.context("the program in Civic's fork")?;
+        let mut stages = vec![("resume", resumed.as_secs_f64() * 1e3)];
+        for stage in MONITORS {
+            let us = started["stages"][format!("{stage}_us")].as_f64();
+            stages.push((stage, us.with_context(|| format!("no {stage} in {started}"))? / 1e3));
+        }
+        stages.extend(loaders);
+        stages.iter_mut().for_each(|(_, ms)| *ms /= stretch);
+        Ok(Run { took: (spoke - call).as_secs_f64() * 1e3 / stretch, stages })
+    }
+}
+
+/// Prints the rate of the time stamp counter in MHz.
+const RATE: &str = "dmesg | sed -n 's/.*tsc: Detected \\([0-9.]*\\) MHz.*/\\1/p' | head -n 1";
+
+/// The loader's stages in what it said, in milliseconds.
+fn loaders(said: &[u8], ticks: f64) -> Result<Vec<(&'static str, f64)>> {
+    let (mut rest, mut told) = (said, Vec::new());
+    loop {
+        let (frame, len) = split(rest).ok().flatten().context("the loader's frames end without its last one")?;
+        match FromGuest::decode(frame).ok().context("the loader's frames make no sense")? {
+            FromGuest::Stage { stage, tsc } => told.push((stage, tsc)),
+            FromGuest::Exited(how) => {
+                ensure!(how == Exit::Code(0), "the program ended with {how:?}");
+                break;
+            }
+            FromGuest::Failed { text, errno, .. } => bail!("the loader failed: {text} ({errno})"),
+            FromGuest::Stderr(text) => bail!("the program complains: {}", String::from_utf8_lossy(text)),
+            _ => {}
+        }
+        rest = &rest[len..];
+    }
+    let at = |wanted: Stage| told.iter().find(|(stage, _)| *stage == wanted).map(|(_, tsc)| *tsc);
+    let mut last = at(Stage::Started).context("the loader has not told that it started")?;
+    let mut stages = Vec::new();
+    for (stage, name) in LOADERS {
+        let tsc = at(stage).with_context(|| format!("the loader has not told that it was {name}"))?;
+        stages.push((name, tsc.wrapping_sub(last) as f64 / ticks));
+        last = tsc;
+    }
+    Ok(stages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a loader says that has come through the stages at these times.
+    fn said(stages: &[(Stage, u64)], last: FromGuest<'_>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let stages = stages.iter().map(|&(stage, tsc)| FromGuest::Stage { stage, tsc });
+        for frame in stages.chain([last]) {
+            frame.encode(&mut bytes).unwrap();
+        }
+        bytes
+    }
+
+    const ALL: [(Stage, u64); 6] = [
+        (Stage::Started, 1000),
+        (Stage::Configured, 3000),
+        (Stage::Frozen, 3000),
+        (Stage::Mounted, 9000),
+        (Stage::NetworkUp, 9500),
+        (Stage::Execed, 11_000),
+    ];
+
+    #[test]
+    fn a_stage_is_from_the_end_of_the_one_before() {
+        let stages = loaders(&said(&ALL, FromGuest::Exited(Exit::Code(0))), 1000.0).unwrap();
+        let expected = [("configured", 2.0), ("frozen", 0.0), ("mounted", 6.0), ("network", 0.5), ("execed", 1.5)];
+        assert_eq!(stages, expected);
+    }
+
+    #[test]
+    fn a_program_that_went_wrong_is_no_sample() {
+        let bytes = said(&ALL, FromGuest::Exited(Exit::Code(0)));
+        let check = |bytes: &[u8]| assert!(loaders(bytes, 1000.0).is_err());
+        check(&bytes[..bytes.len() - 1]);
+        check(&said(&ALL, FromGuest::Exited(Exit::Code(1))));
+        check(&said(&ALL[..4], FromGuest::Exited(Exit::Code(0))));
+        check(&said(&ALL, FromGuest::Warning("x")));
+    }
+}
