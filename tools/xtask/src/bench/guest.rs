@@ -12,8 +12,8 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -34,11 +34,11 @@ pub struct Guest<'a> {
     tools: &'a Tools,
     name: String,
     monitor: Monitor,
-    child: Child,
-    stdin: ChildStdin,
+    /// The process that was started, if it was by us.
+    child: Option<Child>,
+    input: Box<dyn Write>,
     output: Receiver<(Instant, Vec<u8>)>,
-    errors: PathBuf,
-    /// When the process was started.
+    /// When the process was started, or its guest was attached to.
     pub started: Instant,
     text: String,
     seen: usize,
@@ -58,31 +58,37 @@ impl<'a> Guest<'a> {
         Self::spawn(tools, spec.monitor, name, command)
     }
 
-    /// A guest of Civic's that somebody else has started, from now on this value's to end.
+    /// A guest of Civic's that somebody else has started, from now on this value's to end. Its console is had without a process in between, as
+    /// that of a QEMU is.
     pub fn attach(tools: &'a Tools, name: String) -> Result<Self> {
-        let command = tools.civic(&["console", &name]);
-        Self::spawn(tools, Monitor::Civic, name, command)
+        let started = Instant::now();
+        let (console, first) = upgraded(&api(tools, &name), "/v1/console", "civic-console", BOOT)?;
+        console.set_read_timeout(None)?;
+        let output = timed(std::io::Cursor::new(first).chain(console.try_clone()?));
+        Ok(Self::new(tools, Monitor::Civic, name, None, Box::new(console), output, started))
     }
 
     /// With a command whose standard input and output are the guest's console.
     fn spawn(tools: &'a Tools, monitor: Monitor, name: String, mut command: Command) -> Result<Self> {
-        let errors = tools.work.join(format!("{name}.errors"));
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(errors(tools, &name))?);
         let started = Instant::now();
         let mut child = command.spawn().with_context(|| format!("cannot run {:?}", command.get_program()))?;
-        let (Some(stdin), Some(mut stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             unreachable!("both are pipes")
         };
-        let (to, output) = channel();
-        std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
-                if to.send((Instant::now(), buffer[..n].to_vec())).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Self { tools, name, monitor, child, stdin, output, errors, started, text: String::new(), seen: 0, step: 0 })
+        Ok(Self::new(tools, monitor, name, Some(child), Box::new(stdin), timed(stdout), started))
+    }
+
+    fn new(
+        tools: &'a Tools,
+        monitor: Monitor,
+        name: String,
+        child: Option<Child>,
+        input: Box<dyn Write>,
+        output: Receiver<(Instant, Vec<u8>)>,
+        started: Instant,
+    ) -> Self {
+        Self { tools, name, monitor, child, input, output, started, text: String::new(), seen: 0, step: 0 }
     }
 
     /// Waits until `needle` comes after what was waited for before; returns what came before it, and when it came.
@@ -109,7 +115,7 @@ impl<'a> Guest<'a> {
     }
 
     fn what_is_wrong(&self, what: &str) -> String {
-        let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+        let errors = fs::read_to_string(errors(self.tools, &self.name)).unwrap_or_default();
         let log = fs::read_to_string(self.tools.work.join("run").join(&self.name).join("vmm.log")).unwrap_or_default();
         let lines: Vec<_> = self.text.lines().collect();
         let tail = lines[lines.len().saturating_sub(30)..].join("\n");
@@ -131,7 +137,7 @@ impl<'a> Guest<'a> {
     pub fn begin(&mut self, command: &str, limit: Duration) -> Result<()> {
         self.step += 1;
         let n = self.step;
-        self.stdin.write_all(format!("{n} {command}\n").as_bytes()).context("the monitor takes no input")?;
+        self.input.write_all(format!("{n} {command}\n").as_bytes()).context("the monitor takes no input")?;
         self.wait(&format!("CIVIC-BENCH-BEGIN {n}\r\n"), limit).map(drop)
     }
 
@@ -147,8 +153,8 @@ impl<'a> Guest<'a> {
 
     /// Asks the API of the monitor, which is Civic's.
     pub fn ask(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
-        let socket = self.tools.run_dir().join(&self.name).join("api.sock");
-        let mut stream = UnixStream::connect(&socket).context("cannot connect to the API's socket")?;
+        let mut stream =
+            UnixStream::connect(api(self.tools, &self.name)).context("cannot connect to the API's socket")?;
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let head = "Host: civic\r\nContent-Type: application/json\r\nConnection: close";
         write!(stream, "{method} {path} HTTP/1.1\r\n{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
@@ -161,24 +167,15 @@ impl<'a> Guest<'a> {
 
     /// All that comes by a connection that the API switches to another protocol, until it ends.
     pub fn listen(&self, path: &str, protocol: &str, limit: Duration) -> Result<Vec<u8>> {
-        const HEAD_END: &[u8] = b"\r\n\r\n";
-        let socket = self.tools.run_dir().join(&self.name).join("api.sock");
-        let mut stream = UnixStream::connect(&socket).context("cannot connect to the API's socket")?;
-        stream.set_read_timeout(Some(limit))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: civic\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).with_context(|| format!("{path} does not end"))?;
-        let end =
-            answer.windows(HEAD_END.len()).position(|w| w == HEAD_END).context("no HTTP answer")? + HEAD_END.len();
-        let head = String::from_utf8_lossy(&answer[..end]);
-        ensure!(head.starts_with("HTTP/1.1 101 "), "GET {path}: {}", String::from_utf8_lossy(&answer));
-        Ok(answer.split_off(end))
+        let (mut stream, mut said) = upgraded(&api(self.tools, &self.name), path, protocol, limit)?;
+        stream.read_to_end(&mut said).with_context(|| format!("{path} does not end"))?;
+        Ok(said)
     }
 
     /// The process that is the monitor.
     pub fn pid(&self) -> Result<u32> {
         if self.monitor != Monitor::Civic {
-            return Ok(self.child.id());
+            return Ok(self.child.as_ref().context("it was not started here")?.id());
         }
         let info: serde_json::Value = serde_json::from_str(&said(self.tools.civic(&["info", &self.name, "--json"]))?)?;
         info["pid"].as_u64().and_then(|pid| pid.try_into().ok()).context("civic tells no pid")
@@ -197,17 +194,60 @@ impl<'a> Guest<'a> {
 
 impl Drop for Guest<'_> {
     fn drop(&mut self) {
-        if self.monitor == Monitor::Civic {
-            // The monitor is not the process we started; with it that one ends.
-            let killed = self.tools.civic(&["kill", &self.name]).stdout(Stdio::null()).stderr(Stdio::null()).status();
-            if !killed.is_ok_and(|s| s.success()) {
-                let _ = self.child.kill();
+        // Civic's monitor is not the process we started; with it that one ends.
+        let ended = self.monitor == Monitor::Civic && {
+            let mut kill = self.tools.civic(&["kill", &self.name]);
+            kill.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+        };
+        if let Some(child) = &mut self.child {
+            if !ended {
+                let _ = child.kill();
             }
-        } else {
-            let _ = self.child.kill();
+            let _ = child.wait();
         }
-        let _ = self.child.wait();
     }
+}
+
+fn api(tools: &Tools, name: &str) -> PathBuf {
+    tools.run_dir().join(name).join("api.sock")
+}
+
+fn errors(tools: &Tools, name: &str) -> PathBuf {
+    tools.work.join(format!("{name}.errors"))
+}
+
+/// What comes, with the moment at which it came.
+fn timed(mut from: impl Read + Send + 'static) -> Receiver<(Instant, Vec<u8>)> {
+    let (to, output) = channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = from.read(&mut buffer) {
+            if to.send((Instant::now(), buffer[..n].to_vec())).is_err() {
+                return;
+            }
+        }
+    });
+    output
+}
+
+/// A connection that an API has switched to another protocol, and the first that came by it.
+fn upgraded(socket: &Path, path: &str, protocol: &str, limit: Duration) -> Result<(UnixStream, Vec<u8>)> {
+    const HEAD_END: &[u8] = b"\r\n\r\n";
+    let mut stream = UnixStream::connect(socket).context("cannot connect to the API's socket")?;
+    stream.set_read_timeout(Some(limit))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: civic\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\n\r\n")?;
+    let mut said = Vec::new();
+    let end = loop {
+        if let Some(at) = said.windows(HEAD_END.len()).position(|w| w == HEAD_END) {
+            break at + HEAD_END.len();
+        }
+        let mut buffer = [0; 4096];
+        let n = stream.read(&mut buffer).with_context(|| format!("no answer to GET {path}"))?;
+        ensure!(n > 0, "GET {path}: the connection ended: {}", String::from_utf8_lossy(&said));
+        said.extend_from_slice(&buffer[..n]);
+    };
+    ensure!(said.starts_with(b"HTTP/1.1 101 "), "GET {path}: {}", String::from_utf8_lossy(&said));
+    Ok((stream, said.split_off(end)))
 }
 
 /// Runs a program to its end and returns what it prints; fails unless it succeeds.
