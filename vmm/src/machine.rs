@@ -383,6 +383,15 @@ impl Machine {
         self.vcpus.run();
     }
 
+    /// The same after a time in which the guest's clock has gone on without it: its watchdogs are told why.
+    pub fn run_again(&self) {
+        self.vcpus.each(|fd| {
+            // A guest without kvmclock has no way to be told.
+            let _ = fd.kvmclock_ctrl();
+        });
+        self.run();
+    }
+
     /// Takes all vCPUs out of the guest, then drains the devices.
     pub fn pause(&self) {
         self.vcpus.pause();

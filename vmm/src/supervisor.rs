@@ -517,7 +517,7 @@ impl Supervisor {
             }
             (Command::Resume, VmState::Paused) => {
                 self.shared.status().start_clock();
-                machine.run();
+                machine.run_again();
                 Ok(())
             }
             (Command::Stop, VmState::Running | VmState::Stopping) => {
@@ -682,7 +682,7 @@ impl Supervisor {
             status.start_clock();
             status.state = before;
             drop(status);
-            machine.run();
+            machine.run_again();
         }
     }
 

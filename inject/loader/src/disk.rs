@@ -55,10 +55,23 @@ pub fn mount<'a>(store: &Store<'a>, deadline: Deadline) -> Result<OwnedFd, Failu
     };
     // A source is looked up from the working directory.
     fchdir(&devices).map_err(|e| failure(e, "the folder of devices cannot be entered"))?;
-    mount_device(device.name(), store.read_only).map_err(|e| {
-        failure(e, "the guest's kernel mounts no ext4, squashfs, btrfs or xfs from the disk ")
-            .about(name.as_bytes(), "")
-    })
+    loop {
+        match mount_device(device.name(), store.read_only) {
+            // Its driver shows a disk, with serial number and device file, before it can be opened.
+            Err(Errno::NXIO) if !deadline.passed() => sleep_ms(LOOK_MS),
+            Err(Errno::NXIO) => {
+                return Err(
+                    failure(Errno::NXIO, "the guest's kernel does not open the disk ").about(name.as_bytes(), "")
+                );
+            }
+            mounted => {
+                return mounted.map_err(|e| {
+                    failure(e, "the guest's kernel mounts no ext4, squashfs, btrfs or xfs from the disk ")
+                        .about(name.as_bytes(), "")
+                });
+            }
+        }
+    }
 }
 
 /// The kernel's own folder of devices, or the guest's.
