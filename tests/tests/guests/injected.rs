@@ -179,8 +179,11 @@ fn copies(child: &mut Vm) -> Result<()> {
 /// While it runs, nothing of the guest does; afterwards all does. The console's shell may not be ours any more: whoever waits for it has
 /// seen it stop.
 fn frozen(child: &mut Vm) -> Result<()> {
-    child.sh("(n=0; while :; do n=$((n + 1)); echo $n > /tmp/counts; usleep 20000; done) & true")?;
-    let counts = "cat /tmp/counts; sleep 1; cat /tmp/counts";
+    // Appended: what truncates a file may stand still before it writes.
+    child.sh(
+        "(while :; do echo >> /tmp/counts; usleep 20000; done) & until [ -s /tmp/counts ]; do usleep 20000; done",
+    )?;
+    let counts = "wc -l < /tmp/counts; sleep 1; wc -l < /tmp/counts";
     let out = child.exec(&["--freeze"], &["/bin/sh", "-c", counts], b"")?;
     let seen = text(&out.stdout);
     let (first, second) = seen.trim().split_once('\n').with_context(|| format!("{out:?}"))?;
