@@ -120,9 +120,9 @@ fn main() {
     trials.push(trial("injected::allowed".into(), || injected::allowed(&tiny("256M", 2, &["--allow-programs"]))));
     trials.push(trial("injected::locked_down".into(), || injected::locked_down(&tiny("256M", 2, &[]))));
     trials.push(trial("injected::equipped".into(), || injected::equipped(&tiny("256M", 2, &[]))));
-    trials.push(trial("injected::broken".into(), || {
-        injected::broken(&Spec { kernel: "6.1-cloud", ..tiny("256M", 2, &[]) })
-    }));
+    trials.push(trial("injected::broken".into(), || injected::broken(&tiny("256M", 2, &[]))));
+    let starved = || injected::starved(&Spec { kernel: "6.1-cloud", ..tiny("256M", 2, &[]) });
+    trials.push(trial("injected::starved".into(), starved));
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times::tiny".into(), hundred).with_ignored_flag(true));
     for kernel in KERNELS {

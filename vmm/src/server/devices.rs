@@ -189,8 +189,8 @@ async fn remove(
     loop {
         match tokio::time::timeout(LOOK, &mut removed).await {
             Ok(answer) => return Ok(answer.map(|_| StatusCode::NO_CONTENT)?),
-            // It is gone, and is being closed: that takes as long as it takes.
-            Err(_) if api.control.view().device(&id).is_none() => {}
+            // It is gone, or nobody in the guest is waited for, and it is being closed: that takes as long as it takes.
+            Err(_) if force || api.control.view().device(&id).is_none() => {}
             Err(_) => check_asked(&api, &id, begun.elapsed() >= wait)?,
         }
     }
