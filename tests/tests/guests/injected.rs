@@ -315,7 +315,7 @@ enum Outcome {
 const TRIES: u32 = 10;
 /// All but a few megabytes of a guest's memory, in files.
 const FILL: &str = "echo -1000 > /proc/$$/oom_score_adj; dd if=/dev/zero of=/full bs=64k 2>/dev/null; \
-    until [ $(grep MemAvailable /proc/meminfo | tr -dc 0-9) -lt 3000 ]; do dd if=/dev/zero bs=64k count=8 >> /tmp/full 2>/dev/null || break; done";
+    until [ $(grep MemAvailable /proc/meminfo | tr -dc 0-9) -lt 4000 ]; do dd if=/dev/zero bs=64k count=4 >> /tmp/full 2>/dev/null || break; done";
 const NO_PROCESS: &str = "echo 400 > /proc/sys/kernel/pid_max; \
     (n=0; while [ $n -lt 400 ]; do sleep 1000 & n=$((n + 1)); done) 2>/dev/null; :";
 const STOPPED: &str =
