@@ -117,9 +117,9 @@ fn what_is_no_image_is_told() {
     let base = Gva(0xffff_ffff_8200_0000);
     let find = |memory: &SparseMemory, at| KernelImage::find(memory, &registers(TABLES.0, 4), at);
     let mut short = memory();
-    mapped(&mut short, base, 8);
-    assert_eq!(find(&short, base), Err(NoImage::TooShort { at: base, entries: 8 }));
-    let absent = base.plus(8 * LARGE);
+    mapped(&mut short, base, FEWEST as u64 - 1);
+    assert_eq!(find(&short, base), Err(NoImage::TooShort { at: base, entries: FEWEST - 1 }));
+    let absent = base.plus((FEWEST as u64 - 1) * LARGE);
     assert_eq!(find(&short, absent), Err(NoImage::Walk(WalkError::NotPresent { at: absent, level: 2 })));
     let mut long = memory();
     mapped(&mut long, base, 257);
