@@ -7,7 +7,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use civic_inject::wire::Job;
 use civic_inject::wire::archive::{END, Entry, Kind, Time};
@@ -343,9 +342,8 @@ fn files_that_change_meanwhile_leave_the_archive_whole() {
         let mut guest = Guest::start("");
         let mut heard = Heard::default();
         guest.send(civic_inject::wire::ToGuest::Launch(civic_inject::wire::Launch::new(Job::Pack(&c_path(path)))));
-        // It has told the size, and stands still soon: nothing more is taken.
+        // It has told the size, and nothing more is taken: it has not read all.
         guest.hear_until(&mut heard, |heard| !heard.stdout.is_empty());
-        std::thread::sleep(Duration::from_millis(50));
         std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(size).unwrap();
         let heard = guest.hear_all(heard);
         heard.assert_copied(said);

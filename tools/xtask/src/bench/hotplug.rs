@@ -133,18 +133,6 @@ struct Qemu<'a> {
     qmp: Qmp,
 }
 
-impl Qemu<'_> {
-    /// QEMU lets go of a device's image or tap a moment after it has said that the device is gone, and tells that to nobody.
-    fn insist(&mut self, command: &str, arguments: &Value) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        while let Err(e) = self.qmp.execute(command, arguments.clone(), PATIENCE) {
-            ensure!(Instant::now() < deadline, "{e:#}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
-    }
-}
-
 impl Plugs for Qemu<'_> {
     fn resume(&mut self) -> Result<()> {
         self.qmp.execute("cont", json!({}), PATIENCE)?;
@@ -167,7 +155,7 @@ impl Plugs for Qemu<'_> {
                 json!({ "type": "tap", "id": "made", "ifname": parts.taps[1].name, "script": "no", "downscript": "no", "vhost": false }),
             ),
         };
-        self.insist(command, &arguments)
+        self.qmp.insist(command, &arguments, PATIENCE)
     }
 
     fn plug(&mut self, device: Device, _: &Parts) -> Result<()> {
@@ -187,7 +175,7 @@ impl Plugs for Qemu<'_> {
             Device::Disk => ("blockdev-del", json!({ "node-name": "made" })),
             Device::Net => ("netdev_del", json!({ "id": "made" })),
         };
-        self.insist(command, &arguments)
+        self.qmp.insist(command, &arguments, PATIENCE)
     }
 
     fn begin(&mut self, command: &str) -> Result<()> {

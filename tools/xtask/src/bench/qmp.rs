@@ -69,6 +69,17 @@ impl Qmp {
         }
     }
 
+    /// Runs a command until QEMU does it, for it lets go of a device's image or tap a moment after it has said that the device is gone, and
+    /// tells that to nobody.
+    pub fn insist(&mut self, command: &str, arguments: &Value, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        while let Err(e) = self.execute(command, arguments.clone(), limit) {
+            ensure!(Instant::now() < deadline, "{e:#}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
     /// Waits for the next event of this name that was not waited for before.
     pub fn event(&mut self, name: &str, limit: Duration) -> Result<Event> {
         let deadline = Instant::now() + limit;

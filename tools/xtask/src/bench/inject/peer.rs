@@ -16,10 +16,10 @@
 //!   are looked at first.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::code::{Helper, JUMP, SPARE, Targets, assemble};
 use super::{PATIENCE, Program, Run};
@@ -135,7 +135,7 @@ impl<'a> Peer<'a> {
 
     fn plug(&mut self) -> Result<()> {
         let file = json!({ "driver": "file", "filename": self.store });
-        self.insist("blockdev-add", &json!({ "driver": "raw", "node-name": "store", "file": file }))?;
+        self.qmp.insist("blockdev-add", &json!({ "driver": "raw", "node-name": "store", "file": file }), PATIENCE)?;
         let device = json!({ "driver": "virtio-blk-pci", "id": "store", "bus": "rp0", "drive": "store" });
         self.qmp.execute("device_add", device, PATIENCE).map(drop)
     }
@@ -143,17 +143,7 @@ impl<'a> Peer<'a> {
     fn unplug(&mut self) -> Result<()> {
         self.qmp.execute("device_del", json!({ "id": "store" }), PATIENCE)?;
         self.qmp.event("DEVICE_DELETED", PATIENCE)?;
-        self.insist("blockdev-del", &json!({ "node-name": "store" }))
-    }
-
-    /// QEMU lets go of a device's image a moment after it has said that the device is gone, and tells that to nobody.
-    fn insist(&mut self, command: &str, arguments: &Value) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        while let Err(e) = self.qmp.execute(command, arguments.clone(), PATIENCE) {
-            ensure!(Instant::now() < deadline, "{e:#}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
+        self.qmp.insist("blockdev-del", &json!({ "node-name": "store" }), PATIENCE)
     }
 }
 
