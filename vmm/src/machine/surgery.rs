@@ -117,15 +117,6 @@ impl Machine {
         self.traps.insert(port, trap);
     }
 
-    fn serve_at(&self, at: Gva, trap: Arc<dyn Trap>) -> Result<(), KvmError> {
-        self.traps.insert_breakpoint(trap);
-        let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
-        debug.arch.debugreg[0] = at.0;
-        debug.arch.debugreg[7] = EXECUTION_AT_DR0;
-        let set = self.vcpus.each(move |fd| fd.set_guest_debug(&debug));
-        set.into_iter().flatten().try_for_each(|set| set.map_err(KvmError::refused("set a breakpoint")))
-    }
-
     /// The machine as one that may be changed from outside: a fork, or one whose owner consents. Its vCPUs must stand still as long as that
     /// is used.
     pub fn child(&self, consent: Option<Consent>) -> Option<Child<'_>> {
@@ -160,7 +151,12 @@ impl Child<'_> {
     /// # Errors
     /// What KVM says.
     pub fn serve_at(&self, at: Gva, trap: Arc<dyn Trap>) -> Result<(), KvmError> {
-        self.0.serve_at(at, trap)
+        self.0.traps.insert_breakpoint(trap);
+        let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
+        debug.arch.debugreg[0] = at.0;
+        debug.arch.debugreg[7] = EXECUTION_AT_DR0;
+        let set = self.0.vcpus.each(move |fd| fd.set_guest_debug(&debug));
+        set.into_iter().flatten().try_for_each(|set| set.map_err(KvmError::refused("set a breakpoint")))
     }
 
     /// Has the first task that comes by start the loader.
