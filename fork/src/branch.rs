@@ -243,7 +243,7 @@ impl PageService for Branch {
         mappings: Mappings,
         lifeline: &Wire,
     ) -> Result<(), SourceError> {
-        let process = Process::of(link)?;
+        let process = Process::of(link).map_err(SourceError::Child)?;
         match self.ask(&Request::Adopt { child, mappings }, &[uffd.as_fd(), lifeline.as_fd(), process.as_fd()])? {
             Response::Done => Ok(()),
             other => Err(refusal(other)),

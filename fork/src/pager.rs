@@ -545,6 +545,11 @@ impl Pager {
     pub fn arm_ahead(&mut self) -> Result<(), PagerError> {
         match self.phase {
             Phase::Idle | Phase::Disarming { .. } if self.is_waited_for() => self.watch_source(),
+            // Whoever waited has gone meanwhile.
+            Phase::Idle => {
+                self.tell_idle();
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -739,12 +744,16 @@ impl Pager {
         let Some(source) = self.source.as_ref().filter(|source| next < source.mappings.bytes()) else {
             self.phase = Phase::Idle;
             self.open.clear();
-            self.notices.push_back((None, Notice::Idle { needed: self.needed.clone() }));
+            self.tell_idle();
             return Ok(());
         };
         let done = source.uffd.unregister_part(&source.mappings, next, CHUNK);
         self.phase = Phase::Disarming { next: next + CHUNK };
         self.of_source(done)
+    }
+
+    fn tell_idle(&mut self) {
+        self.notices.push_back((None, Notice::Idle { needed: self.needed.clone() }));
     }
 
     /// Protects what is open. Writes that come meanwhile open it again.
@@ -961,9 +970,14 @@ impl Pager {
             self.shared.clear();
             self.notices.push_back((None, Notice::Unshared));
         }
-        let armed = matches!(self.phase, Phase::Arming { .. } | Phase::Ready(_) | Phase::Armed);
-        if armed && !self.wanted && !self.is_waited_for() {
-            self.phase = Phase::Disarming { next: 0 };
+        if self.wanted || self.is_waited_for() {
+            return;
+        }
+        match self.phase {
+            Phase::Arming { .. } | Phase::Ready(_) | Phase::Armed => self.phase = Phase::Disarming { next: 0 },
+            Phase::Disarming { .. } => (),
+            // Adopted and gone before anything was armed for it.
+            Phase::Idle => self.tell_idle(),
         }
     }
 

@@ -74,6 +74,9 @@ pub enum SourceError {
     /// Guest memory cannot be watched.
     #[error(transparent)]
     Uffd(#[from] UffdError),
+    /// Who waits to be a child has gone, or cannot be watched.
+    #[error("the child's process cannot be watched")]
+    Child(#[source] io::Error),
     /// The system refuses.
     #[error("cannot set up the page server")]
     System(#[from] io::Error),
@@ -352,7 +355,7 @@ impl PageService for PageServer {
         mappings: Mappings,
         lifeline: &Wire,
     ) -> Result<(), SourceError> {
-        let process = Process::of(link)?;
+        let process = Process::of(link).map_err(SourceError::Child)?;
         let adopt = Request::Adopt { child, mappings };
         let done = match self.ask(&adopt, &[uffd.as_fd(), lifeline.as_fd()], ANSWER)? {
             Response::Done => Ok(()),

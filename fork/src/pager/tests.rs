@@ -413,9 +413,13 @@ fn what_is_armed_ahead_is_a_forks_and_is_let_go_with_the_last_who_waits() {
     let machine = Machine::new(&[1024 * P]);
     (0..1000).for_each(|page| machine.write(page));
     let served = Served::new(&machine.ram, 10_000);
-    // Nobody waits: nothing to arm for.
+    // Nobody waits: nothing to arm for, which is told, as it is when somebody has waited and gone before.
     served.ask(Pager::arm_ahead).unwrap();
     assert!(!served.ask(|pager| pager.busy()));
+    served.wait_idle();
+    drop(Fork::wait(&machine, &served, 1));
+    served.ask(|pager| pager.forget(1));
+    served.wait_idle();
     let mut waiting = [Fork::wait(&machine, &served, 1), Fork::wait(&machine, &served, 2)];
     served.ask(Pager::arm_ahead).unwrap();
     while served.ask(|pager| pager.busy()) {

@@ -96,6 +96,8 @@ fn a_child_that_is_killed_at_any_stage_leaves_nothing() {
     for n in 0..rounds_asked(16) {
         let waiting = vec![source.waiting(&format!("a{n}")), source.waiting(&format!("b{n}"))];
         source.page_server();
+        // One that comes when nobody waits any more waits itself, for a minute.
+        source.until("the page server to come", |vm| vm.info().family.page_server);
         let killer = some_time(&mut random, Duration::from_millis(60), waiting[0].pid(), Signal::SIGKILL);
         let outcome = source.attempt_fork(waiting, false);
         killer.join().unwrap();

@@ -263,12 +263,16 @@ impl Family {
                 if inner.page_server.as_ref().is_none_or(Wire::hung_up) && !inner.serves() && !inner.beginning {
                     inner.page_server = Some(wire);
                     self.changed.notify_all();
+                    let waiting = inner.waiting.values().cloned().collect();
                     drop(inner);
-                    self.arm_ahead();
+                    self.arm_ahead(waiting);
                 }
             }
             Role::Child(name) => match self.welcome(name, &wire) {
-                Ok(()) => self.arm_ahead(),
+                Ok(()) => {
+                    let waiting = self.inner().waiting.values().cloned().collect();
+                    self.arm_ahead(waiting);
+                }
                 Err(why) => {
                     info!("a monitor cannot be forked from this VM: {why}");
                     let _ = wire.send(&ToChild::Refused { why }, &[]);
@@ -315,28 +319,29 @@ impl Family {
         told.send(&ToChild::Registered, &[]).map_err(|e| text(&e))
     }
 
-    /// Has the page server do what it can before a fork is asked for, if there are one and somebody to be forked. Whatever is wrong is told by
-    /// the fork.
-    fn arm_ahead(self: &Arc<Self>) {
-        let waiting: Vec<_> = {
+    /// Has the page server, if there is one, do what it can before those who wait are forked. Whatever is wrong is told by the fork.
+    fn arm_ahead(self: &Arc<Self>, waiting: Vec<Arc<Waiting>>) {
+        {
             let inner = self.inner();
-            if inner.page_server.is_none() && !inner.serves() && !inner.beginning {
+            let served = inner.page_server.is_some() || inner.serves() || inner.beginning;
+            if waiting.is_empty() || !served {
                 return;
             }
-            inner.waiting.values().cloned().collect()
-        };
-        if waiting.is_empty() {
-            return;
         }
+        let cannot = |why: &dyn std::fmt::Display| info!("cannot prepare a fork: {why}");
+        // Held to the end: if all have gone meanwhile, so does the page server then.
         let _making = self.making();
-        let armed = self.server().map_err(|e| e.message).and_then(|serving| {
-            let adopted = waiting.iter().try_for_each(|waiting| waiting.adopted_by(&serving));
-            let armed = adopted.and_then(|()| serving.server.arm_ahead());
-            self.armed_ahead();
-            armed.map_err(|e| e.to_string())
-        });
-        if let Err(why) = armed {
-            info!("cannot prepare a fork: {why}");
+        let serving = match self.server() {
+            Ok(serving) => serving,
+            Err(e) => return cannot(&e.message),
+        };
+        let adopted = |waiting: &&Arc<Waiting>| waiting.adopted_by(&serving).inspect_err(|e| cannot(e)).is_ok();
+        if waiting.iter().filter(adopted).count() > 0 {
+            // Before it is asked: that nobody waits any more may be told as soon as it has answered.
+            self.inner().idle = false;
+            if let Err(e) = serving.server.arm_ahead() {
+                cannot(&e);
+            }
         }
     }
 
@@ -453,6 +458,8 @@ impl Family {
                 let server = server.inspect_err(|_| origin.allow_huge())?;
                 let serving = Serving { number, server, origin };
                 inner.server = Some(serving.clone());
+                // It has nobody yet, and does not say so.
+                inner.idle = true;
                 return Ok(serving);
             }
             // One that is about to serve waits for nobody without bound.
@@ -490,10 +497,6 @@ impl Family {
     pub fn armed(&self) {
         let mut inner = self.inner();
         (inner.idle, inner.unshared) = (false, false);
-    }
-
-    fn armed_ahead(&self) {
-        self.inner().idle = false;
     }
 
     /// This machine is a fork: its children are its parent's page server's too. There is an origin.
