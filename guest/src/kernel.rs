@@ -11,13 +11,14 @@ pub use report::{BtfReport, HintReport, KallsymsReport, Report};
 use crate::anchors::Anchors;
 use crate::btf::{Btf, Member, NoBtf, Prototype, TypeError};
 use crate::bytes::string_at;
+use crate::current::{Current, CurrentError, READERS};
 use crate::entry::{EntrySlot, SlotError};
 use crate::exports::Exports;
 use crate::hints::{File, Hint, HintError, Hints};
 use crate::image::Image;
 use crate::kallsyms::{Kallsyms, NoKallsyms};
 use crate::memory::{Absent, Gpa, Gva, PhysicalMemory};
-use crate::paging::{AddressSpace, IMAGE_WINDOW, KernelImage, NoImage};
+use crate::paging::{AddressSpace, KernelImage, NoImage};
 use crate::registers::Registers;
 use crate::symbols::{Symbol, SymbolTable};
 
@@ -116,17 +117,6 @@ pub enum MemberError {
     Type(#[from] TypeError),
 }
 
-/// Why the current task cannot be had.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CurrentError {
-    /// The per-CPU variable is missing.
-    #[error(transparent)]
-    Symbol(#[from] SymbolError),
-    /// The task's place in it is missing.
-    #[error(transparent)]
-    Member(#[from] MemberError),
-}
-
 /// Where a symbol's address comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
@@ -147,24 +137,6 @@ pub struct Found<'a> {
     pub source: Source,
 }
 
-/// What the kernel's GS base and the addresses of per-CPU variables are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PerCpu {
-    /// GS is where a CPU's variables are, and symbols are offsets from there (before 6.15).
-    Offsets,
-    /// Symbols are addresses in the image, and GS is how far a CPU's variables are from those (since 6.15).
-    Addresses,
-}
-
-/// Where the kernel keeps the task that runs on a CPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Current {
-    /// For an instruction in 64-bit mode with GS: `mov %gs:displacement, …`.
-    pub displacement: i32,
-    /// What GS is.
-    pub per_cpu: PerCpu,
-}
-
 /// A guest's kernel.
 #[derive(Debug)]
 pub struct Kernel {
@@ -178,6 +150,8 @@ pub struct Kernel {
     banner: Option<String>,
     direct_map: Option<Gva>,
     text: Option<Text>,
+    /// Where the kernel's own functions have the current task.
+    current_in_code: Option<Current>,
 }
 
 /// Sums over what the kernel does not change often (CRC-32, IEEE 802.3).
@@ -217,6 +191,7 @@ impl Kernel {
             banner: None,
             direct_map: None,
             text: None,
+            current_in_code: None,
         };
         kernel.banner = kernel.read_banner(&image);
         if kernel.banner.is_none() && kernel.kallsyms.is_err() && kernel.hints.is_empty() {
@@ -224,6 +199,7 @@ impl Kernel {
         }
         kernel.direct_map = kernel.find_direct_map(memory);
         kernel.text = kernel.find_text();
+        kernel.current_in_code = kernel.read_current(&image);
         Ok(kernel)
     }
 
@@ -323,15 +299,16 @@ impl Kernel {
         Some((Found { symbol, source }, offset))
     }
 
-    /// Where the task is that runs on a CPU: `pcpu_hot.current_task` (6.2 to 6.14), else `current_task`.
+    /// Where the task is that runs on a CPU: `pcpu_hot.current_task` (6.2 to 6.14), else `current_task`; and where the kernel does not name
+    /// its data, where its own functions read it.
     pub fn current(&self) -> Result<Current, CurrentError> {
-        let (variable, offset) = match self.symbol("pcpu_hot") {
-            Ok(found) => (found.symbol, self.member("pcpu_hot", "current_task")?.offset),
-            Err(_) => (self.symbol("current_task")?.symbol, 0),
-        };
-        let per_cpu = if IMAGE_WINDOW.contains(&variable.address) { PerCpu::Addresses } else { PerCpu::Offsets };
-        // Sign extension makes the whole of it of the lower half, for either.
-        Ok(Current { displacement: variable.address.plus(offset).0 as i32, per_cpu })
+        match (self.symbol("pcpu_hot"), self.symbol("current_task")) {
+            (Ok(found), _) => {
+                Ok(Current::at(found.symbol.address.plus(self.member("pcpu_hot", "current_task")?.offset)))
+            }
+            (_, Ok(found)) => Ok(Current::at(found.symbol.address)),
+            (_, Err(missing)) => self.current_in_code.ok_or(CurrentError::Symbol(missing)),
+        }
     }
 
     /// The slot at the entry of a function, as it is now.
@@ -379,6 +356,10 @@ impl Kernel {
         let named = self.symbol("linux_banner").ok().and_then(|found| image.offset(found.symbol.address));
         let others = memmem::find_iter(image.bytes(), BANNER).take(MOST_BANNERS);
         named.into_iter().chain(others).find_map(|at| banner(image.bytes(), at))
+    }
+
+    fn read_current(&self, image: &Image) -> Option<Current> {
+        Current::in_code(image, READERS.iter().filter_map(|name| image.offset(self.function(name).ok()?)))
     }
 
     /// By what the kernel says, else where it is by default: wherever the page tables have their own root there.
@@ -432,7 +413,10 @@ fn locate(memory: &dyn PhysicalMemory, vcpus: &[Registers]) -> Result<(KernelIma
 fn banner(bytes: &[u8], at: usize) -> Option<String> {
     let text = std::str::from_utf8(string_at(bytes, at, LONGEST_BANNER)?).ok()?.trim_end_matches('\n');
     let release = text.strip_prefix(BANNER)?;
-    let good = release.starts_with(|c: char| c.is_ascii_digit()) && text.chars().all(|c| !c.is_control());
+    // Kernels hold one without number and time as well, from a first step of their build.
+    let build = &text[text.rfind(" #")? + 2..];
+    let numbered = |text: &str| text.starts_with(|c: char| c.is_ascii_digit());
+    let good = numbered(release) && numbered(build) && text.chars().all(|c| !c.is_control());
     good.then(|| text.to_owned())
 }
 

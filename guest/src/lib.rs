@@ -13,6 +13,7 @@
 pub mod anchors;
 pub mod btf;
 mod bytes;
+pub mod current;
 pub mod entry;
 pub mod exports;
 pub mod hints;

@@ -3,7 +3,8 @@
 //! Found by symbol and type, never by version: what a kernel has not, or has otherwise, is named. Each of these is the same from 5.10 to
 //! 7.3; where the kernel has types (BTF), the number of parameters is compared.
 
-use civic_guest::kernel::{CurrentError, Kernel, MemberError, SymbolError};
+use civic_guest::current::CurrentError;
+use civic_guest::kernel::{Kernel, MemberError, SymbolError};
 use civic_guest::memory::Gva;
 use serde::{Deserialize, Serialize};
 

@@ -11,10 +11,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use civic_guest::anchors::Anchors;
+use civic_guest::current::{Current, PerCpu, READERS};
 use civic_guest::entry::EntrySlot;
 use civic_guest::image::Image;
 use civic_guest::kallsyms::{Addresses, Kallsyms};
-use civic_guest::kernel::{FindError, Kernel, NoKernel, PerCpu, SymbolError};
+use civic_guest::kernel::{FindError, Kernel, NoKernel, SymbolError};
 use civic_guest::memory::{Gpa, Gva};
 use civic_guest::paging::{KernelImage, LARGE, PageSize};
 use civic_guest::registers::Registers;
@@ -267,6 +268,10 @@ fn check(laid: &Laid, release: &str) -> Result<()> {
     let current = kernel.current()?;
     let addresses = kallsyms.layout.addresses != Addresses::AbsolutePerCpu;
     ensure!((current.per_cpu == PerCpu::Addresses) == addresses, "{current:?} with {:?}", kallsyms.layout);
+    let image = Image::read(&laid.memory, &laid.image);
+    let readers = READERS.iter().filter_map(|name| image.offset(kernel.function(name).ok()?));
+    let in_code = Current::in_code(&image, readers);
+    ensure!(in_code == Some(current), "functions have the current task at {in_code:?}, symbols at {current:?}");
 
     if let Some(golden) = golden(release) {
         for ((of, path), offset) in MEMBERS.iter().zip(golden.members) {

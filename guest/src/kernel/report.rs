@@ -1,7 +1,8 @@
 //! All that is known of a kernel, as plain data to be shown.
 
-use super::{Current, Kernel};
+use super::Kernel;
 use crate::btf::{NoBtf, Unknown};
+use crate::current::Current;
 use crate::hints::File;
 use crate::kallsyms::{Layout, NoKallsyms};
 use crate::memory::Gva;

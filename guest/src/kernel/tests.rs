@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::current::PerCpu;
 use crate::kallsyms::Addresses;
 use crate::memory::Gpa;
 use crate::testing::{Guest, GuestShape, STYLES};

@@ -8,9 +8,10 @@ use civic_api::{
     ErrorBody, ErrorCode, Finding, GuestChecksums, GuestFile, GuestFiles, GuestImage, GuestKernel, GuestSymbols,
     GuestTypes, PerCpuSymbols, SymbolAddresses, VmState,
 };
+use civic_guest::current::PerCpu;
 use civic_guest::hints::Hints;
 use civic_guest::kallsyms::Addresses;
-use civic_guest::kernel::{Checksums, Kernel, PerCpu, Report};
+use civic_guest::kernel::{Checksums, Kernel, Report};
 use civic_guest::registers::Registers;
 use civic_inject::plan::Plan;
 use tracing::{info, warn};
