@@ -19,7 +19,7 @@ pub mod state;
 pub mod surgery;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use civic_api::{BALLOON_STEP_BYTES, DiskConfig, MacAddr, NetConfig, VmConfig};
 use civic_devices::acpi::hotplug::{self, Hotplug};
@@ -52,6 +52,7 @@ use crate::cpu::registers::{self, BootRegisters, RegistersError};
 use crate::cpu::state::{VcpuShape, VcpuStateError};
 use crate::identity::Identity;
 use crate::kvm::interrupts::{Interrupts, Messages};
+use crate::kvm::slots::Annex;
 use crate::kvm::{self, IoEvents, KvmError};
 use crate::layout::{self, Gpa, Layout, LayoutError};
 use crate::memory::{Memory, MemoryError};
@@ -173,6 +174,8 @@ pub struct Machine {
     shape: VcpuShape,
     vm: Arc<VmFd>,
     memory: Memory,
+    /// Once something was placed in the guest's kernel.
+    annex: OnceLock<Arc<Annex>>,
     traps: Arc<Traps>,
 }
 
@@ -330,6 +333,7 @@ impl Board {
             shape,
             vm,
             memory,
+            annex: OnceLock::new(),
             traps: buses.traps,
         })
     }

@@ -2,6 +2,7 @@
 //!
 //! Every page says which version it is, in every word, so that a page that is torn, of the wrong time or of the wrong place shows.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -645,6 +646,46 @@ fn the_next_child_is_given_what_the_last_one_needed() {
     assert_eq!(served.ask(|pager| pager.counters().child_faults), before, "nothing was waited for");
     drop(second);
     served.ask(|pager| pager.forget(2));
+}
+
+#[test]
+fn what_was_waited_for_is_remembered_before_what_was_not() {
+    let pages = 3 * WARM;
+    let machine = Machine::new(&[u64::from(pages) * P]);
+    let served = Served::new(&machine.ram, 1000);
+    // As if children had been given these: all that may be kept, some of it again with something else, and nothing new.
+    let given = |range: Range<u32>, more: Range<u32>| {
+        let mut given = Pages::new(pages as usize);
+        range.chain(more).for_each(|page| given.add(page));
+        served.ask(move |pager| pager.remember(given));
+        let runs = served.ask(|pager| pager.needed().to_vec());
+        assert!(runs.iter().all(|(_, len)| *len <= NEIGHBOURS));
+        runs.into_iter().flat_map(|(first, len)| first..first + len).collect::<Vec<_>>()
+    };
+    assert!(given(0..pages, 0..0).into_iter().eq(0..WARM));
+    let more = 2 * WARM..2 * WARM + 100;
+    assert!(given(0..WARM, more.clone()).into_iter().eq((0..WARM - 100).chain(more)));
+    assert!(given(50..WARM, 0..0).into_iter().eq(50..WARM));
+}
+
+#[test]
+fn what_is_given_beforehand_may_have_been_overwritten() {
+    let machine = Machine::new(&[64 * P]);
+    (0..60).for_each(|page| machine.write(page));
+    let served = Served::new(&machine.ram, 1000);
+    let child = Fork::of(&machine, &served, 1);
+    [17, 30, 40].into_iter().for_each(|page| machine.write(page));
+    served.ask(|pager| pager.warm(1, 16, 48));
+    let before = served.ask(|pager| pager.counters());
+    // The page behind one that is written may be kept with it.
+    assert!(before.copied >= 3 && before.copied + before.mapped == 44, "{before:?}");
+    (16..60).for_each(|page| child.check(page));
+    assert_eq!(served.ask(|pager| pager.counters().child_faults), before.child_faults, "nothing was waited for");
+    // A hole is given when it is touched.
+    child.check(60);
+    assert_eq!(served.ask(|pager| pager.counters().zeroed), 1);
+    drop(child);
+    served.ask(|pager| pager.forget(1));
 }
 
 #[test]

@@ -19,6 +19,19 @@ fn count(vm: &mut Vm, lines: usize) -> u32 {
     numbers[0]
 }
 
+/// The metric that tells how many pages a child was given.
+const GIVEN: &str = "civic_fork_child_pages";
+
+fn metrics(vm: &Vm) -> String {
+    vm.api(|client| async move { client.metrics().await }).unwrap()
+}
+
+/// A child's number in its parent's metrics.
+fn of_child(metrics: &str, name: &str, child: &str) -> u64 {
+    let line = metrics.lines().find(|line| line.starts_with(&format!("{name}{{child=\"{child}\"}} ")));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
+}
+
 #[test]
 fn source_and_child_count_on_from_the_same_number() {
     let mut source = Setup::new(&hammer()).cpus(4).boot();
@@ -48,6 +61,22 @@ fn source_and_child_count_on_from_the_same_number() {
     assert_eq!(count(&mut source, 20), 0x1);
     source.kill();
     assert!(source.ended().success());
+}
+
+#[test]
+fn a_child_is_given_beforehand_what_the_one_before_it_needed() {
+    let mut source = Setup::new(&hammer()).cpus(4).boot();
+    source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
+    let (_, mut children) = source.fork(vec![source.waiting("first")], false);
+    count(&mut children[0], 20);
+    let needed = of_child(&metrics(&source), GIVEN, "first");
+    children[0].kill();
+    assert!(children[0].ended().success());
+    // Its page server goes too: another one does it.
+    source.until("the child to be forgotten", |vm| vm.info().family == civic_api::Family::default());
+    let (_, children) = source.fork(vec![source.waiting("second")], true);
+    source.until("pages for the child", |vm| of_child(&metrics(vm), GIVEN, "second") >= needed);
+    assert_eq!(children[0].state(), VmState::Paused);
 }
 
 #[test]
@@ -106,12 +135,9 @@ fn a_fork_is_forked_and_its_children_outlive_it_and_its_source() {
     let grandchild = &mut grandchildren[0];
     // Either tells of its own.
     for (vm, its) in [(&source, "child"), (&child, "grandchild")] {
-        let text = vm.api(|client| async move { client.metrics().await }).unwrap();
-        for name in ["civic_fork_child_pages", "civic_fork_child_service_seconds_count"] {
-            let line = text.lines().find(|line| line.starts_with(&format!("{name}{{child=\"{its}\"}} ")));
-            let count: u64 =
-                line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("{text}"));
-            assert!(count > 0, "{text}");
+        let text = metrics(vm);
+        for name in [GIVEN, "civic_fork_child_service_seconds_count"] {
+            assert!(of_child(&text, name, its) > 0, "{text}");
         }
         assert_eq!(text.matches("civic_fork_generation_pages{").count(), 1, "{text}");
     }

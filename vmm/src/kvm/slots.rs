@@ -6,6 +6,7 @@ use std::sync::Arc;
 use civic_devices::virtio::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use nix::errno::Errno;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
     VolatileMemory, VolatileMemoryError,
@@ -37,6 +38,9 @@ pub fn insert_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
 }
 
 /// Memory beside RAM that the guest sees as long as this lives.
+///
+/// KVM forgets where all of a guest's memory is when a slot goes (`kvm_mmu_zap_all_fast`), so that thousands of pages fault again: it is kept
+/// from one use to the next, and emptied between them.
 pub struct Annex {
     vm: Arc<VmFd>,
     slot: u32,
@@ -45,19 +49,25 @@ pub struct Annex {
 }
 
 impl Annex {
-    /// Shows `bytes` at `at`, in the first slot behind those of `ram`; what is left of `len` is zero.
+    /// Shows `len` zeros at `at`, in the first slot behind those of `ram`.
     ///
     /// # Errors
     /// When there is no memory, or KVM refuses.
-    pub fn show(vm: &Arc<VmFd>, ram: &GuestRam, at: GuestAddress, len: u64, bytes: &[u8]) -> Result<Self, KvmError> {
+    pub fn show(vm: &Arc<VmFd>, ram: &GuestRam, at: GuestAddress, len: u64) -> Result<Self, KvmError> {
         const WHAT: &str = "show the guest more memory";
-        let refused = |source| KvmError::Refused { what: WHAT, source };
-        let memory = MmapRegion::new(len as usize).map_err(|e| refused(std::io::Error::other(e)))?;
-        let whole = memory.as_volatile_slice();
-        whole.write_slice(bytes, 0).map_err(|e| refused(std::io::Error::other(e)))?;
+        let memory = MmapRegion::new(len as usize)
+            .map_err(|e| KvmError::Refused { what: WHAT, source: std::io::Error::other(e) })?;
         let this = Self { vm: Arc::clone(vm), slot: ram.num_regions() as u32, at, memory };
         this.set(len).map_err(KvmError::refused(WHAT))?;
         Ok(this)
+    }
+
+    /// Writes from its beginning on.
+    ///
+    /// # Errors
+    /// Beyond its end.
+    pub fn write(&self, bytes: &[u8]) -> Result<(), VolatileMemoryError> {
+        self.memory.as_volatile_slice().write_slice(bytes, 0)
     }
 
     /// Reads what the guest has made of it.
@@ -66,6 +76,18 @@ impl Annex {
     /// Beyond its end.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), VolatileMemoryError> {
         self.memory.as_volatile_slice().read_slice(buffer, offset as usize)
+    }
+
+    /// Makes it zeros again, that take no memory.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn clear(&self) -> std::io::Result<()> {
+        let (start, len) = (self.memory.as_ptr(), self.memory.size());
+        // SAFETY: the range is a live private mapping of ours, accessed by volatile operations only, to which zeros are as good as
+        // anything.
+        let done = unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) };
+        Ok(Errno::result(done).map(drop)?)
     }
 
     fn set(&self, len: u64) -> Result<(), kvm_ioctls::Error> {

@@ -1,12 +1,15 @@
 //! What is looked at and changed in a guest's kernel from outside, while its vCPUs stand still.
 //!
 //! ```text
-//! place:   annex shown ─▶ page directory entry ─▶ trap at schedule()        remove: trap ─▶ entry ─▶ annex, each as it was
+//! place:   annex filled ─▶ page directory entry ─▶ trap at schedule()        remove: trap ─▶ entry ─▶ annex, each as it was
 //! ```
+//!
+//! The annex is memory that the guest is told nothing of: shown to it with the first use, and full of zeros when it is not used.
 //!
 //! Changing is for forks alone: [`Child`] is the only way to it, and there is none of a machine that runs on memory of its own, unless its
 //! owner has given [`Consent`] when it was started.
 
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -33,6 +36,8 @@ use crate::traps::Trap;
 const ENTRY_FLAGS: u64 = 0xe3;
 /// What the processor changes in an entry by itself.
 const ENTRY_TRACES: u64 = 0x60;
+
+const WRITE_ANNEX: &str = "fill what the guest is shown";
 
 /// DR7: a breakpoint in all tasks, when the instruction at DR0 is about to run (Intel SDM 3B §18.2.4).
 const EXECUTION_AT_DR0: u64 = 0x402;
@@ -133,7 +138,7 @@ pub struct Placed {
     before: [u8; OUT.len()],
     directory: Gpa,
     mapping: u64,
-    annex: Annex,
+    annex: Arc<Annex>,
 }
 
 impl Child<'_> {
@@ -172,15 +177,24 @@ impl Child<'_> {
         Seen(memory).read(trap, &mut before)?;
         let free = image.free_slots(&Seen(memory))?.first().copied().ok_or(SurgeryError::NoRoom)?;
         let code = Code::new(&plan.targets, free.at, loader, arguments)?;
-        let window = self.0.sockets.layout.annex();
-        let annex = Annex::show(&self.0.vm, memory, window.start.into(), window.len, code.bytes())?;
-        let mapping = window.start.0 | ENTRY_FLAGS;
+        let annex = self.annex()?;
+        annex.write(code.bytes()).map_err(|e| KvmError::Refused { what: WRITE_ANNEX, source: io::Error::other(e) })?;
+        let mapping = self.0.sockets.layout.annex().start.0 | ENTRY_FLAGS;
         let injection = Injection::new(Hook::new(site, code), memory);
         self.0.traps.insert(PORT.into(), Arc::clone(&injection) as _);
         self.write(free.entry, &mapping.to_le_bytes())?;
         self.write(trap, &OUT)?;
         let directory = free.entry;
         Ok(Box::new(Placed { injection, trapped: true, site, trap, before, directory, mapping, annex }))
+    }
+
+    fn annex(&self) -> Result<Arc<Annex>, KvmError> {
+        if let Some(annex) = self.0.annex.get() {
+            return Ok(Arc::clone(annex));
+        }
+        let window = self.0.sockets.layout.annex();
+        let annex = Annex::show(&self.0.vm, &self.0.memory.ram, window.start.into(), window.len)?;
+        Ok(Arc::clone(self.0.annex.get_or_init(|| Arc::new(annex))))
     }
 
     /// Takes it away again: the kernel's text and page tables are then as before.
@@ -228,7 +242,13 @@ impl Child<'_> {
         }
         self.write(placed.directory, &[0; 8])?;
         self.0.traps.remove(PORT.into());
-        Ok(placed.mailbox())
+        let mailbox = placed.mailbox();
+        if let Err(e) = placed.annex.clear() {
+            tracing::warn!(
+                "what was placed in the guest's kernel stays in memory until something else is, out of its reach: {e}"
+            );
+        }
+        Ok(mailbox)
     }
 
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), Absent> {
