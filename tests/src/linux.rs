@@ -437,7 +437,8 @@ impl Vm {
 
     /// Ends the guest at once and checks that nothing of it is left.
     pub fn kill(self) -> Result<()> {
-        self.civic(&["kill"])?;
+        let pid = self.info()?.pid;
+        self.civic(&["kill"]).with_context(|| threads(pid))?;
         ensure!(!self.dir().exists(), "{} is still there", self.dir().display());
         Ok(())
     }
@@ -453,6 +454,17 @@ impl Vm {
         ensure!(matches!(state, None | Some("Z" | "X")), "the monitor {pid} still runs: {stat}");
         Ok(())
     }
+}
+
+/// What a process's threads are doing: name, state, and where in the kernel.
+fn threads(pid: u32) -> String {
+    let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default().trim().replace('\n', " < ");
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let doing = tasks.map(|task| {
+        let state = read(task.join("stat")).rsplit(')').next().unwrap_or_default().trim().chars().next();
+        format!("\n{}: {state:?} {}", read(task.join("comm")), read(task.join("stack")))
+    });
+    format!("the threads of {pid}:{}", doing.collect::<String>())
 }
 
 /// Where a kernel's trouble began, and what it said then: a guest that has reset since has said much more.

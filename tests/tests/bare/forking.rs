@@ -65,7 +65,7 @@ fn source_and_child_count_on_from_the_same_number() {
 
 #[test]
 fn a_child_is_given_beforehand_what_the_one_before_it_needed() {
-    let mut source = Setup::new(&hammer()).cpus(4).boot();
+    let source = Setup::new(&hammer()).cpus(4).boot();
     source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
     let (_, mut children) = source.fork(vec![source.waiting("first")], false);
     count(&mut children[0], 20);
