@@ -8,7 +8,7 @@
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -46,6 +46,11 @@ pub type Warn<'w> = &'w dyn Fn(String);
 pub fn shown(name: &[u8]) -> String {
     let control = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
     String::from_utf8_lossy(name).chars().map(control).collect()
+}
+
+/// Whoever makes the archive may say why.
+fn too_early() -> anyhow::Error {
+    io::Error::new(ErrorKind::UnexpectedEof, "the archive ends too early").into()
 }
 
 /// Writes `from` and all that is in it as an archive whose names begin with `name`.
@@ -242,7 +247,9 @@ fn each<R: Read>(from: R, mut take: impl FnMut(&mut GuestEntry<'_, R>) -> Result
         ensure!(!entry.header().entry_type().is_gnu_sparse(), "the guest sent a file that is stored with holes");
         take(&mut entry)?;
     }
-    ensure!(!bound.ended.get(), "the archive ends too early");
+    if bound.ended.get() {
+        return Err(too_early());
+    }
     bound.left.set(None);
     // Whoever sends may wait until all is taken.
     io::copy(&mut archive.into_inner(), &mut io::sink())?;
@@ -371,7 +378,9 @@ impl Unpacker<'_> {
         let size = entry.size();
         let copied = io::copy(entry, &mut file)?;
         self.copied.bytes += copied;
-        ensure!(copied == size, "the archive ends too early");
+        if copied != size {
+            return Err(too_early());
+        }
         Ok(attributes.set(&file)?)
     }
 

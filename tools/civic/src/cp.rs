@@ -235,11 +235,10 @@ impl Guest {
                 Err(error) if is(&error, ErrorKind::ConnectionAborted) => std::future::pending().await,
                 // The reader is gone, and that is no matter.
                 Err(error) if is(&error, ErrorKind::BrokenPipe) => Err(error),
-                Err(error) => Err(advice::error(
-                    format!("{error:#}"),
-                    "mend that and copy again: what was copied until now stays",
-                )),
-                copied => copied,
+                // If the guest has failed, it knows better.
+                Err(error) if is(&error, ErrorKind::UnexpectedEof) => Ok(Err(failed(&error))),
+                Err(error) => Err(failed(&error)),
+                Ok(copied) => Ok(Ok(copied)),
             }
         };
         let ended = tokio::select! {
@@ -247,8 +246,13 @@ impl Guest {
             () = signals.next() => Err(advice::error("interrupted", "what was copied until now stays")),
         };
         told.bar.finish_and_clear();
-        ended
+        let (here, kept) = ended?;
+        Ok((here?, kept))
     }
+}
+
+fn failed(error: &anyhow::Error) -> anyhow::Error {
+    advice::error(format!("{error:#}"), "mend that and copy again: what was copied until now stays")
 }
 
 fn is(error: &anyhow::Error, kind: ErrorKind) -> bool {
