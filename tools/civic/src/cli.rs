@@ -395,6 +395,16 @@ pub struct ExecArgs {
     /// The fork.
     #[arg(value_parser = name)]
     pub name: String,
+    /// Tell on standard error how long what took, as JSON.
+    #[arg(long)]
+    pub stages: bool,
+    #[command(flatten)]
+    pub program: ProgramArgs,
+}
+
+/// A program to be started from outside, and how.
+#[derive(Clone, Debug, Args)]
+pub struct ProgramArgs {
     /// Stop the guest's processes while the program runs: by SIGSTOP, or by the freezer of their control groups.
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "stop")]
     pub freeze: Option<FreezeArg>,
@@ -430,12 +440,9 @@ pub struct ExecArgs {
     /// How long it may take to have it started, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = civic_api::PROGRAM_WAIT_MS / 1000)]
     pub wait: u64,
-    /// Tell on standard error how long what took, as JSON.
-    #[arg(long)]
-    pub stages: bool,
     /// The program and its arguments.
     #[arg(required = true, last = true, value_name = "PROGRAM")]
-    pub program: Vec<String>,
+    pub argv: Vec<String>,
 }
 
 /// Files that belong to the guest's kernel.
@@ -542,6 +549,16 @@ pub struct ForkArgs {
     /// Keep the children paused, to be resumed one by one.
     #[arg(long)]
     pub paused: bool,
+    #[command(flatten)]
+    pub child: ChildArgs,
+    /// Print a report as JSON: names, and where the time went.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a fork is to be, besides what its source is.
+#[derive(Clone, Debug, Args)]
+pub struct ChildArgs {
     /// A folder on the file system that takes what the children write to their disks; /var/tmp if not given.
     #[arg(long, value_name = "DIR")]
     pub overlay_dir: Option<PathBuf>,
@@ -555,9 +572,6 @@ pub struct ForkArgs {
     /// that go with it.
     #[arg(long, value_name = "SPEC")]
     pub store: Option<StoreSpec>,
-    /// Print a report as JSON: names, and where the time went.
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// As [`SourceNet`].
@@ -926,7 +940,7 @@ mod tests {
             |options: &str| match Cli::try_parse_from(format!("civic exec web-1 {options} -- ps").split_whitespace())?
                 .command
             {
-                Command::Exec(args) => Ok::<_, clap::Error>(args),
+                Command::Exec(args) => Ok::<_, clap::Error>(args.program),
                 command => panic!("{command:?}"),
             };
         let all =

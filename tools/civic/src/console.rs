@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use civic_api::client::ConsoleStream;
+use nix::libc::{self, c_int};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -150,20 +151,26 @@ async fn receive_output(
 }
 
 /// The signals that end us, caught so that the terminal can be given back first.
-pub struct Signals(Vec<Signal>);
+pub struct Signals(Vec<(c_int, Signal)>);
 
 impl Signals {
     /// Catches SIGINT, SIGTERM, SIGHUP and SIGQUIT from now on.
     pub fn catch() -> io::Result<Self> {
-        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
-        Ok(Self(kinds.into_iter().map(signal).collect::<io::Result<_>>()?))
+        let caught = |number| Ok((number, signal(SignalKind::from_raw(number))?));
+        Ok(Self(
+            [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT]
+                .into_iter()
+                .map(caught)
+                .collect::<io::Result<_>>()?,
+        ))
     }
 
     /// The next of them.
-    pub async fn next(&mut self) {
+    pub async fn next(&mut self) -> c_int {
         std::future::poll_fn(|context| {
-            let any = self.0.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
-            if any { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+            let come =
+                self.0.iter_mut().find_map(|(number, signal)| signal.poll_recv(context).is_ready().then_some(*number));
+            come.map_or(std::task::Poll::Pending, std::task::Poll::Ready)
         })
         .await
     }
@@ -179,7 +186,7 @@ pub async fn attach(dir: &RunDir, name: &str, port: &str) -> anyhow::Result<()> 
         remark(&format!("attached to {name}; Ctrl-] detaches"));
     }
     let event = tokio::select! {
-        () = signals.next() => None,
+        _ = signals.next() => None,
         event = session.event() => event,
     };
     if event == Some(Event::Ended) {

@@ -243,7 +243,7 @@ impl Guest {
         };
         let ended = tokio::select! {
             ended = async { tokio::try_join!(here, guest) } => ended,
-            () = signals.next() => Err(advice::error("interrupted", "what was copied until now stays")),
+            _ = signals.next() => Err(advice::error("interrupted", "what was copied until now stays")),
         };
         told.bar.finish_and_clear();
         let (here, kept) = ended?;
@@ -269,6 +269,7 @@ async fn sort(mut written: mpsc::Receiver<Output>, content: Option<mpsc::Sender<
             (Output::Stdout(bytes), None) if kept.len() < LINE => kept.extend(bytes),
             (Output::Stdout(_), None) => {}
             (Output::Stderr(bytes), _) => told.hear(&bytes),
+            (Output::Remark(text), _) => eprintln!("civic: {text}"),
         }
     }
     kept

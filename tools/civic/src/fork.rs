@@ -1,63 +1,38 @@
 //! `civic fork` and `civic tree`.
-//!
-//! The source starts nothing: this starts the children's monitors, which wait at the source, and its page server if it has none, and then
-//! asks for the fork.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
 
 use anyhow::Context;
-use civic_api::launch::{ForkConfig, LaunchRequest};
-use civic_api::{DiskConfig, ForkReport, ForkRequest, MAX_CHILDREN, NewDevice, VmInfo, validate_name};
+use civic_api::{ForkReport, MAX_CHILDREN, VmInfo, validate_name};
 use serde::Serialize;
 
-use crate::cli::{ForkArgs, absolute};
+use crate::advice;
+use crate::birth::Birth;
+use crate::cli::ForkArgs;
 use crate::console::Signals;
-use crate::monitor::{Monitor, start_page_server};
+use crate::monitor::Until;
 use crate::rundir::{Found, RunDir};
 use crate::show::print_json;
-use crate::{advice, explain};
 
 /// Forks a VM into one child or several, and prints their names, or the report.
 pub async fn fork(dir: &RunDir, args: ForkArgs) -> anyhow::Result<()> {
     let names = names(&args.name, args.count)?;
-    let client = dir.client(&args.source);
     let mut signals = Signals::catch().context("cannot catch signals")?;
-    let info = client.info().await.map_err(|error| explain(dir, &args.source, error))?;
-    // Early, so that it prepares the fork while the monitors come.
-    if !info.family.page_server {
-        start_page_server(dir, &args.source)?;
+    let mut birth = Birth::new(dir, &args.source, names.clone());
+    let prepared = tokio::select! {
+        prepared = birth.prepare(&args.child, Until::Told) => prepared,
+        _ = signals.next() => Err(advice::error("interrupted before the fork", "nothing was forked")),
+    };
+    if let Err(error) = prepared {
+        birth.give_up().await;
+        return Err(error);
     }
-    // Until they are released, whatever goes wrong ends the monitors.
-    let mut monitors = Vec::new();
-    for (n, name) in names.iter().enumerate() {
-        let taken = |id: &str| info.devices.iter().any(|device| device.id == id);
-        let mut devices = args.devices.numbered(n + 1).configured(taken)?;
-        if let Some(store) = &args.store {
-            let disk = store.config(n + 1);
-            devices.push(NewDevice::Disk(DiskConfig { path: absolute(&disk.path, "--store")?, ..disk }));
-        }
-        let request = LaunchRequest::Fork(ForkConfig {
-            name: name.clone(),
-            fork_of: dir.vm(&args.source),
-            overlay_dir: args.overlay_dir.clone(),
-            source_net: args.source_net.into(),
-            devices,
-        });
-        monitors.push(tokio::select! {
-            launched = Monitor::launch(dir, &request) => launched?,
-            () = signals.next() => return Err(advice::error("interrupted before the fork", "nothing was forked")),
-        });
-    }
-    // Asked again: one that was about to go when nobody waited yet is gone, and from now on it stays.
-    let info = client.info().await.map_err(|error| explain(dir, &args.source, error))?;
-    if !info.family.page_server {
-        start_page_server(dir, &args.source)?;
-    }
-    let request = ForkRequest { children: names, paused: args.paused };
-    let report = client.fork(&request).await.map_err(|error| explain(dir, &args.source, error))?;
-    for (name, monitor) in request.children.iter().zip(monitors) {
-        if report.children.iter().any(|child| child.name == *name) {
+    let report = birth.fork(args.paused).await?;
+    for (name, monitor) in names.iter().zip(birth.monitors()) {
+        if report.children.iter().any(|child| child.name == *name)
+            && let Some(monitor) = monitor
+        {
             monitor.release();
         }
     }
@@ -78,7 +53,7 @@ pub async fn fork(dir: &RunDir, args: ForkArgs) -> anyhow::Result<()> {
     if report.failed.is_empty() {
         return Ok(());
     }
-    let message = format!("{} of {} children do not live", report.failed.len(), request.children.len());
+    let message = format!("{} of {} children do not live", report.failed.len(), names.len());
     Err(advice::error(message, format!("see {}", dir.log(&report.failed[0].name).display())))
 }
 

@@ -9,6 +9,7 @@
 mod advice;
 mod archive;
 mod balloon;
+mod birth;
 mod cli;
 mod console;
 mod cp;
@@ -19,6 +20,7 @@ mod fork;
 mod guest;
 mod monitor;
 mod process;
+mod program;
 mod run;
 mod rundir;
 mod save;

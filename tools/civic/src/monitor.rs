@@ -21,6 +21,15 @@ const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest line a monitor says.
 const MAX_LINE: u64 = 64 << 10;
 
+/// How long a monitor lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Until it is told to end.
+    Told,
+    /// At most as long as this process, however that ends.
+    WeEnd,
+}
+
 /// A monitor that we started. Dropping it ends it, unless it was released.
 pub struct Monitor {
     child: Option<Child>,
@@ -28,14 +37,14 @@ pub struct Monitor {
 
 impl Monitor {
     /// Starts a monitor and waits until it has built the VM.
-    pub async fn launch(dir: &RunDir, request: &LaunchRequest) -> anyhow::Result<Self> {
+    pub async fn launch(dir: &RunDir, request: &LaunchRequest, until: Until) -> anyhow::Result<Self> {
         let program = find()?;
         let log = open_log(dir, request.name())?;
         let mut command = Command::new(&program);
         // The configuration comes by a pipe: it is on no disk and in nobody's process list.
         command.args(["--config", "-", "--dir"]).arg(dir.vm(request.name()));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
-        in_own_session(&mut command);
+        in_own_session(&mut command, until);
         let child = command.spawn().map_err(|error| {
             let hint = "set CIVIC_VMM to the civic-vmm to use";
             advice::error(format!("cannot start {}: {error}", program.display()), hint)
@@ -113,7 +122,7 @@ pub fn start_page_server(dir: &RunDir, name: &str) -> anyhow::Result<()> {
     let log = File::options().create(true).append(true).mode(0o600).open(dir.log(name));
     let log = log.with_context(|| format!("cannot append to {}", dir.log(name).display()))?;
     command.arg(dir.vm(name)).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    in_own_session(&mut command);
+    in_own_session(&mut command, Until::Told);
     let started = command.spawn().map(drop);
     started.with_context(|| format!("cannot start {}", program.display()))
 }
@@ -197,13 +206,25 @@ fn open_log(dir: &RunDir, name: &str) -> anyhow::Result<File> {
     Err(advice::error(format!("{} keeps vanishing", vm.display()), "see what removes it"))
 }
 
-/// Keeps the terminal's signals from the monitor: it is told what to do by its API.
+/// Keeps the terminal's signals from the monitor: it is told what to do by its API. One that is to live no longer than we is killed with the
+/// thread that starts it, which is the main thread.
 #[allow(unsafe_code)]
-fn in_own_session(command: &mut Command) {
-    let setsid = || nix::unistd::setsid().map(drop).map_err(io::Error::from);
-    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed: setsid(2)
-    // is one, and turning its error into an io::Error allocates nothing.
-    unsafe { command.pre_exec(setsid) };
+fn in_own_session(command: &mut Command, until: Until) {
+    let parent = nix::unistd::getpid();
+    let set_up = move || {
+        nix::unistd::setsid()?;
+        if until == Until::WeEnd {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            // It may have ended before.
+            if nix::unistd::getppid() != parent {
+                return Err(io::Error::from(nix::errno::Errno::ESRCH));
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed: setsid(2), prctl(2) and
+    // getppid(2) are, and turning their errors into an io::Error allocates nothing.
+    unsafe { command.pre_exec(set_up) };
 }
 
 #[cfg(test)]

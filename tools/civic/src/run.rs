@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 
 use crate::cli::RunArgs;
 use crate::console::{Event, Session, Signals};
-use crate::monitor::{Monitor, log_hint};
+use crate::monitor::{Monitor, Until, log_hint};
 use crate::rundir::RunDir;
 use crate::terminal::remark;
 use crate::{advice, explain};
@@ -22,8 +22,8 @@ pub async fn run(dir: &RunDir, args: RunArgs) -> anyhow::Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     // Until it is released or waited for, whatever goes wrong ends the monitor.
     let monitor = tokio::select! {
-        launched = Monitor::launch(dir, &request) => launched?,
-        () = signals.next() => return Err(advice::error("interrupted before the VM was built", "run it again")),
+        launched = Monitor::launch(dir, &request, Until::Told) => launched?,
+        _ = signals.next() => return Err(advice::error("interrupted before the VM was built", "run it again")),
     };
     let client = dir.client(name);
     if args.detach {
@@ -56,7 +56,7 @@ async fn foreground(
         loop {
             tokio::select! {
                 status = &mut ended => break status?,
-                () = signals.next() => ending.press(),
+                _ = signals.next() => ending.press(),
                 event = session.event(), if open => match event {
                     Some(Event::Escape) => ending.press(),
                     Some(Event::OutputClosed) if ending.asked == 0 => ending.press(),

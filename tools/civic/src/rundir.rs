@@ -21,6 +21,7 @@ use crate::advice;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The run directory.
+#[derive(Clone)]
 pub struct RunDir {
     path: PathBuf,
 }

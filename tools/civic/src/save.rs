@@ -38,7 +38,7 @@ pub async fn save(dir: &RunDir, name: &str, directory: &Path, then: AfterSave, j
     let report = tokio::select! {
         report = client.save(&request) => report,
         never = follow(&client, &bar) => match never {},
-        () = signals.next() => {
+        _ = signals.next() => {
             let hint = format!("'civic info {name}' shows how far it is; 'civic kill {name}' ends the VM unsaved");
             return Err(advice::error(format!("no longer waiting: {name} is being saved all the same"), hint));
         }

@@ -1,15 +1,14 @@
 //! `civic stop` and `civic kill`: both return when the VM's process is gone.
 
-use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::Context;
 use civic_api::ErrorCode;
 use civic_api::client::ClientError;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::process::Process;
 use crate::rundir::{Found, RunDir};
+use crate::terminal::spinner;
 use crate::{advice, explain};
 
 /// How long a monitor may take to go once the plug is pulled.
@@ -78,17 +77,4 @@ pub async fn kill(dir: &RunDir, name: &str) -> anyhow::Result<()> {
 
 fn open(pid: u32) -> anyhow::Result<Process> {
     Process::open(pid).with_context(|| format!("cannot watch the monitor, process {pid}"))
-}
-
-/// A sign of life on a terminal; nothing elsewhere.
-fn spinner(message: String) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let spinner = ProgressBar::new_spinner().with_message(message);
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
-        spinner.set_style(style);
-    }
-    spinner.enable_steady_tick(Duration::from_millis(100));
-    spinner
 }

@@ -16,13 +16,17 @@ use nix::libc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Semaphore, mpsc};
 
-const NOT_EXECUTABLE: u8 = 126;
-const NOT_THERE: u8 = 127;
+/// The program is there, and cannot be executed.
+pub const NOT_EXECUTABLE: u8 = 126;
+/// There is no such program.
+pub const NOT_THERE: u8 = 127;
 
 /// How a program ended.
 pub struct Outcome {
     /// As a shell tells it.
     pub status: u8,
+    /// The signal that ended it.
+    pub signal: Option<u8>,
     /// When the loader had come how far, by the guest's time stamp counter.
     pub stages: Vec<(Stage, u64)>,
 }
@@ -33,6 +37,8 @@ pub enum Output {
     Stdout(Vec<u8>),
     /// To its standard error.
     Stderr(Vec<u8>),
+    /// What the loader says of it.
+    Remark(String),
 }
 
 /// A conversation with a program.
@@ -82,12 +88,16 @@ impl Talk {
                     // Nobody reads: as with a pipe, the program is told when it is over.
                     FromGuest::Stdout(part) => drop(output.send(Output::Stdout(part.to_vec())).await),
                     FromGuest::Stderr(part) => drop(output.send(Output::Stderr(part.to_vec())).await),
-                    FromGuest::Warning(text) => eprintln!("civic: {text}"),
-                    FromGuest::Exited(Exit::Code(status)) => return Ok(Outcome { status, stages }),
+                    FromGuest::Warning(text) => drop(output.send(Output::Remark(text.into())).await),
+                    FromGuest::Exited(Exit::Code(status)) => return Ok(Outcome { status, signal: None, stages }),
                     FromGuest::Exited(Exit::Signal { signal, .. }) => {
-                        return Ok(Outcome { status: 128_u8.wrapping_add(signal), stages });
+                        return Ok(Outcome { status: 128_u8.wrapping_add(signal), signal: Some(signal), stages });
                     }
-                    FromGuest::Failed { step, errno, text } => return failed(step, errno, text, stages),
+                    FromGuest::Failed { step, errno, text } => {
+                        let (status, text) = failed(step, errno, text)?;
+                        let _ = output.send(Output::Remark(text)).await;
+                        return Ok(Outcome { status, signal: None, stages });
+                    }
                 }
                 done += len;
             }
@@ -99,8 +109,8 @@ impl Talk {
     }
 }
 
-/// A program that cannot be executed is told as a shell does.
-fn failed(step: Step, errno: i32, text: &str, stages: Vec<(Stage, u64)>) -> Result<Outcome> {
+/// A program that cannot be executed is told as a shell does: the status, and why.
+fn failed(step: Step, errno: i32, text: &str) -> Result<(u8, String)> {
     let text = match errno {
         0 => text.to_owned(),
         errno => format!("{text}: {}", Errno::from_raw(errno).desc()),
@@ -108,9 +118,7 @@ fn failed(step: Step, errno: i32, text: &str, stages: Vec<(Stage, u64)>) -> Resu
     if step != Step::Exec {
         bail!("{text}");
     }
-    eprintln!("civic: {text}");
-    let status = if errno == libc::ENOENT { NOT_THERE } else { NOT_EXECUTABLE };
-    Ok(Outcome { status, stages })
+    Ok((if errno == libc::ENOENT { NOT_THERE } else { NOT_EXECUTABLE }, text))
 }
 
 async fn send_input(mut input: mpsc::Receiver<Vec<u8>>, credit: Arc<Semaphore>, to_guest: mpsc::Sender<Vec<u8>>) {
@@ -138,7 +146,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_executed_ends_as_in_a_shell() {
-        let status = |step, errno| failed(step, errno, "x", Vec::new()).map(|outcome| outcome.status).ok();
+        let status = |step, errno| failed(step, errno, "x").map(|(status, _)| status).ok();
         assert_eq!(status(Step::Exec, libc::ENOENT), Some(127));
         assert_eq!(status(Step::Exec, libc::EACCES), Some(126));
         assert_eq!(status(Step::Store, libc::ENOENT), None);

@@ -1,0 +1,100 @@
+//! Making forks of a VM.
+//!
+//! ```text
+//!  prepare: page server, if there is none ─┐
+//!           a monitor for each child ──────┴─ all at the same time ─▶ they wait at the source
+//!  fork:    POST /v1/fork ─▶ those who waited are children
+//! ```
+//!
+//! The source starts nothing: its children's monitors and its page server are started here.
+
+use anyhow::Context;
+use civic_api::client::Client;
+use civic_api::launch::{ForkConfig, LaunchRequest};
+use civic_api::{DiskConfig, ForkReport, ForkRequest, NewDevice, VmInfo};
+use tokio::task::JoinSet;
+
+use crate::cli::{ChildArgs, absolute};
+use crate::explain;
+use crate::monitor::{Monitor, Until, start_page_server};
+use crate::rundir::RunDir;
+
+/// Children of a fork that is to be made. Until they are taken out, whatever goes wrong ends their monitors.
+pub struct Birth {
+    dir: RunDir,
+    source: String,
+    client: Client,
+    names: Vec<String>,
+    starting: JoinSet<anyhow::Result<(usize, Monitor)>>,
+    monitors: Vec<Option<Monitor>>,
+}
+
+impl Birth {
+    /// Of these names.
+    pub fn new(dir: &RunDir, source: &str, names: Vec<String>) -> Self {
+        let monitors = names.iter().map(|_| None).collect();
+        let client = dir.client(source);
+        Self { dir: dir.clone(), source: source.into(), client, names, starting: JoinSet::new(), monitors }
+    }
+
+    /// Starts the monitors, and the page server if there is none; returns when all children wait. Where this is given up, [`Birth::give_up`]
+    /// sees to what was begun.
+    pub async fn prepare(&mut self, args: &ChildArgs, until: Until) -> anyhow::Result<()> {
+        let info = self.info().await?;
+        // Early, so that it prepares the fork while the monitors come.
+        if !info.family.page_server {
+            start_page_server(&self.dir, &self.source)?;
+        }
+        for index in 0..self.names.len() {
+            let request = self.request(args, &info, index)?;
+            let dir = self.dir.clone();
+            self.starting.spawn(async move { Ok((index, Monitor::launch(&dir, &request, until).await?)) });
+        }
+        while let Some(launched) = self.starting.join_next().await {
+            let (index, monitor) = launched.context("a monitor was not started")??;
+            self.monitors[index] = Some(monitor);
+        }
+        // Asked again: one that was about to go when nobody waited yet is gone, and from now on it stays.
+        if !self.info().await?.family.page_server {
+            start_page_server(&self.dir, &self.source)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the fork.
+    pub async fn fork(&self, paused: bool) -> anyhow::Result<ForkReport> {
+        let request = ForkRequest { children: self.names.clone(), paused };
+        self.client.fork(&request).await.map_err(|error| explain(&self.dir, &self.source, error))
+    }
+
+    /// The monitors, in the order of the names, as far as there are any.
+    pub fn monitors(mut self) -> impl Iterator<Item = Option<Monitor>> {
+        std::mem::take(&mut self.monitors).into_iter()
+    }
+
+    /// Ends all of them; returns when they have ended.
+    pub async fn give_up(&mut self) {
+        self.starting.shutdown().await;
+        self.monitors.clear();
+    }
+
+    async fn info(&self) -> anyhow::Result<VmInfo> {
+        self.client.info().await.map_err(|error| explain(&self.dir, &self.source, error))
+    }
+
+    fn request(&self, args: &ChildArgs, info: &VmInfo, index: usize) -> anyhow::Result<LaunchRequest> {
+        let taken = |id: &str| info.devices.iter().any(|device| device.id == id);
+        let mut devices = args.devices.numbered(index + 1).configured(taken)?;
+        if let Some(store) = &args.store {
+            let disk = store.config(index + 1);
+            devices.push(NewDevice::Disk(DiskConfig { path: absolute(&disk.path, "--store")?, ..disk }));
+        }
+        Ok(LaunchRequest::Fork(ForkConfig {
+            name: self.names[index].clone(),
+            fork_of: self.dir.vm(&self.source),
+            overlay_dir: args.overlay_dir.clone(),
+            source_net: args.source_net.into(),
+            devices,
+        }))
+    }
+}
