@@ -35,6 +35,10 @@ pub struct ProgramRequest {
     /// What of the guest stands still while it runs.
     #[serde(default)]
     pub freeze: Freeze,
+    /// Have what it leaves running end with it, and the store unmounted, before its end is told: for a VM that is about to end, so that the
+    /// store's file system is found in order by the next.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tidy_up: bool,
     /// What it sees as `/`; the store, if the VM has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<ProgramRoot>,
@@ -73,6 +77,7 @@ impl Default for ProgramRequest {
             cwd: None,
             tty: None,
             freeze: Freeze::None,
+            tidy_up: false,
             root: None,
             network: None,
             realtime: None,

@@ -34,6 +34,8 @@ pub struct Launch<'a> {
     pub freeze: Freeze,
     /// Whether the guest's processes go on when the program has ended.
     pub thaw_at_end: bool,
+    /// Whether what the program leaves behind ends with it and the store is unmounted, before its end is told.
+    pub tidy_up: bool,
     /// What it sees as `/`.
     pub root: Root<'a>,
     /// Its user.
@@ -180,6 +182,7 @@ impl<'a> Launch<'a> {
             tty: None,
             freeze: Freeze::None,
             thaw_at_end: false,
+            tidy_up: false,
             root: Root::Guest,
             uid: 0,
             gid: 0,
@@ -196,7 +199,7 @@ impl<'a> Launch<'a> {
         self.env.put(out)?;
         option(out, self.cwd, |out, cwd| bytes(out, cwd.to_bytes_with_nul()))?;
         option(out, self.tty, |out, size| size.put(out))?;
-        out.put(&[self.freeze as u8, u8::from(self.thaw_at_end)])?;
+        out.put(&[self.freeze as u8, u8::from(self.thaw_at_end), u8::from(self.tidy_up)])?;
         self.root.put(out)?;
         out.put(&self.uid.to_le_bytes())?;
         out.put(&self.gid.to_le_bytes())?;
@@ -220,6 +223,7 @@ impl<'a> Launch<'a> {
                 _ => return Err(Malformed::Field("way to freeze")),
             },
             thaw_at_end: from.bool("choice to thaw")?,
+            tidy_up: from.bool("choice to tidy up")?,
             root: Root::read(from)?,
             uid: from.u32("user")?,
             gid: from.u32("group")?,

@@ -1,8 +1,8 @@
 //! The loader: what the monitor starts inside a fork's kernel, to start a program there.
 //!
 //! ```text
-//!   kernel ─▶ _start ─▶ Hello ─▶ Launch? ─▶ freeze ─▶ mounts of its own ─▶ network ─▶ fork ─▶ relay ─▶ Exited
-//!                                  freeze.rs  root.rs, disk.rs   network.rs  program.rs  relay.rs
+//!   kernel ─▶ _start ─▶ Hello ─▶ Launch? ─▶ freeze ─▶ mounts of its own ─▶ network ─▶ fork ─▶ relay ─▶ tidy up? ─▶ Exited
+//!                                  freeze.rs  root.rs, disk.rs   network.rs  program.rs  relay.rs   tidy.rs
 //!                                                                                └▶ a program, or pack.rs, or unpack.rs
 //! ```
 //!
@@ -37,10 +37,12 @@ mod relay;
 mod root;
 mod start;
 mod sys;
+mod tidy;
 mod time;
 mod unpack;
 
 use civic_loader::{Exit, FromGuest, Launch, Malformed, Root, Stage, Step, ToGuest, VERSION};
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::mm::{MlockAllFlags, mlockall};
 
@@ -145,11 +147,32 @@ fn serve<'a>(
         Root::Store(store) => root::enter(link, &store, Deadline::after_ms(launch.timeout_ms.into()))?,
     }
     reached(link, Stage::Mounted)?;
+    if !launch.tidy_up {
+        return attend(link, stdin, launch, report, frozen, proc.as_ref());
+    }
+    tidy::adopt();
+    let exit = attend(link, stdin, launch, report, frozen, proc.as_ref());
+    tidy::end_orphans(proc.as_ref());
+    if matches!(launch.root, Root::Store(_)) {
+        tidy::leave_store(link)?;
+    }
+    exit
+}
+
+/// Serves the program, for which there is a place.
+fn attend<'a>(
+    link: &mut Link<'_>,
+    stdin: &mut Pages<STDIN_PAGES>,
+    launch: &Launch<'a>,
+    report: &'a mut [u8],
+    frozen: &mut Frozen,
+    proc: Option<&OwnedFd>,
+) -> Result<Exit, Ending<'a>> {
     network::set_up(link, launch)?;
     reached(link, Stage::NetworkUp)?;
     // What the kernel or the first process has started meanwhile.
     frozen.again();
-    let program = Program::start(launch, proc.as_ref(), report)?;
+    let program = Program::start(launch, proc, report)?;
     reached(link, Stage::Execed)?;
     Relay::new(link, program, stdin.buffer(), frozen).run()
 }

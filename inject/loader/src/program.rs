@@ -9,7 +9,7 @@ use rustix::io::{Errno, ioctl_fionbio, read, write};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Gid, Pid, PidfdFlags, Signal, Uid, WaitOptions, WaitStatus, chdir, ioctl_tiocsctty, kill_process_group, pidfd_open,
-    setpriority_process, setsid, umask, waitpid,
+    setpriority_process, setsid, umask, wait, waitpid,
 };
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -89,7 +89,14 @@ impl Program {
 
     /// How it ended, if it has. To be asked no more when it was told.
     pub fn ended(&self) -> Option<WaitStatus> {
-        waitpid(Some(self.pid), WaitOptions::NOHANG).ok().flatten().map(|(_, status)| status)
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) if pid == self.pid => return Some(status),
+                // One that it has left to us.
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return None,
+            }
+        }
     }
 
     /// What becomes readable when it has ended.

@@ -79,6 +79,62 @@ fn a_store_without_folders_that_cannot_be_written_is_one() {
     assert_eq!(heard.warnings.len(), 7, "{heard:?}");
 }
 
+/// Whether the file system of a store needs no recovery and has no fault.
+fn is_clean(store: &Loop) -> bool {
+    let checked = Command::new("e2fsck").args(["-f", "-n"]).arg(Path::new("/dev").join(&store.name)).output().unwrap();
+    let said = String::from_utf8_lossy(&checked.stdout) + String::from_utf8_lossy(&checked.stderr);
+    checked.status.success() && !said.contains("recovery")
+}
+
+#[test]
+fn a_tidy_end_leaves_no_process_and_a_clean_store() {
+    let Some(store) = Loop::new("mkfs.ext4", &["-q", "-d"]) else { return };
+    // In the background, twice over, and with a file of the store's open that has no name any more.
+    let script = "(/bin/busybox setsid /bin/busybox sh -c '(exec 3>/gone; /bin/busybox rm /gone; echo > /there; \
+        while :; do echo x >&3; /bin/busybox sleep 0.01; done) & :' &) ; until [ -e /there ]; do :; done; exit 3";
+    for round in 0..5 {
+        let disk = Disk::Name(&store.name);
+        let mut guest = Guest::new(&crate::guest::Setting {
+            after: "for p in /proc/[0-9]*; do echo $(cat $p/cmdline 2>/dev/null | tr '\\0' ' '); done > left",
+            ..Default::default()
+        });
+        let heard = guest.run(&["/bin/busybox", "sh", "-c", script], |launch| {
+            (launch.root, launch.tidy_up) = (Root::Store(Store { disk, read_only: false }), true);
+        });
+        heard.assert_code(3);
+        assert_eq!(heard.warnings, [""; 0], "round {round}");
+        assert!(is_clean(&store), "round {round}");
+        guest.wait_for_end();
+        let left = std::fs::read_to_string(guest.dir.path().join("left")).unwrap();
+        assert!(!left.contains("busybox"), "{left}");
+    }
+    // Also where there is no program, and where the store cannot be written.
+    let disk = Disk::Name(&store.name);
+    let heard = Guest::start("").run(&["/none"], |launch| {
+        (launch.root, launch.tidy_up) = (Root::Store(Store { disk, read_only: false }), true);
+    });
+    heard.assert_failed(Step::Exec, Errno::ENOENT as i32);
+    assert!(is_clean(&store));
+    let heard = Guest::start("").run(&["/bin/busybox", "true"], |launch| {
+        (launch.root, launch.tidy_up) = (Root::Store(Store { disk, read_only: true }), true);
+    });
+    heard.assert_code(0);
+    assert_eq!(heard.warnings, [""; 0]);
+}
+
+#[test]
+fn a_store_that_others_use_too_is_said_to_stay() {
+    let Some(store) = Loop::new("mkfs.ext4", &["-q", "-d"]) else { return };
+    let mut other = Guest::start(&format!("mkdir -p m; mount /dev/{} m", store.name));
+    let disk = Disk::Name(&store.name);
+    let heard = Guest::start("").run(&["/bin/busybox", "true"], |launch| {
+        (launch.root, launch.tidy_up) = (Root::Store(Store { disk, read_only: false }), true);
+    });
+    heard.assert_code(0);
+    assert!(heard.warnings.len() == 1 && heard.warnings[0].contains("still in use"), "{heard:?}");
+    other.run(&["true"], |_| {}).assert_code(0);
+}
+
 #[test]
 fn a_store_may_be_another_file_system() {
     let Some(store) = Loop::new("mkfs.btrfs", &["-q", "-r"]) else { return };

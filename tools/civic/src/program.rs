@@ -71,7 +71,6 @@ impl ProgramArgs {
         let tty = self.tty.then(window).transpose()?;
         Ok(ProgramRequest {
             argv: self.argv.clone(),
-            copy: None,
             env: environment(&self.env, tty.is_some()),
             cwd: self.workdir.clone(),
             tty: tty.map(|size| TerminalSize { rows: size.rows, columns: size.columns }),
@@ -84,6 +83,7 @@ impl ProgramArgs {
             gid: self.user.map_or(0, |(_, gid)| gid),
             files: self.files.absolute()?,
             wait_ms: self.wait.saturating_mul(1000),
+            ..ProgramRequest::default()
         })
     }
 }

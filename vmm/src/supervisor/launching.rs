@@ -68,6 +68,7 @@ pub(super) fn launch(request: &ProgramRequest, config: &VmConfig) -> Result<Vec<
             Freeze::Cgroup => wire::Freeze::Cgroup,
         },
         thaw_at_end: true,
+        tidy_up: request.tidy_up,
         root,
         uid: request.uid,
         gid: request.gid,
