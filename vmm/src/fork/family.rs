@@ -353,6 +353,7 @@ impl Family {
     pub fn info(&self) -> FamilyInfo {
         let mut inner = self.inner();
         inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
+        inner.page_server.take_if(|wire| wire.hung_up());
         let lives = inner.serves();
         FamilyInfo {
             parent: self.parent.clone().map(|name| Parent { name, generation: inner.born_of }),
@@ -366,7 +367,7 @@ impl Family {
                 })
                 .collect(),
             waiting: inner.waiting.keys().cloned().collect(),
-            page_server: lives || inner.page_server.as_ref().is_some_and(|wire| !wire.hung_up()),
+            page_server: lives || inner.page_server.is_some(),
         }
     }
 
