@@ -396,6 +396,18 @@ impl Vm {
         Ok(out)
     }
 
+    /// `civic inspect` of this VM, to be given options and a program.
+    pub fn inspecting(&self) -> Result<Command> {
+        let mut command = civic(self.run_dir.path())?;
+        command.args(["inspect", &self.name]);
+        Ok(command)
+    }
+
+    /// `civic` with these arguments and this run directory.
+    pub fn civic_with(&self, args: &[&str]) -> Result<Output> {
+        Ok(civic(self.run_dir.path())?.args(args).output()?)
+    }
+
     /// The `civic` command with this run directory, for a shell.
     pub fn command_line(&self) -> Result<String> {
         let program = from_env("CIVIC_BIN_DIR")?.join("civic");

@@ -8,6 +8,7 @@ mod exits;
 mod fork_deaths;
 mod forking;
 mod huge;
+mod inspecting;
 mod interrupts;
 mod memory;
 mod pausing;

@@ -8,6 +8,9 @@
 //!
 //! The source starts nothing: its children's monitors and its page server are started here.
 
+use std::process::Child;
+use std::time::Duration;
+
 use anyhow::Context;
 use civic_api::client::Client;
 use civic_api::launch::{ForkConfig, LaunchRequest};
@@ -19,6 +22,9 @@ use crate::explain;
 use crate::monitor::{Monitor, Until, start_page_server};
 use crate::rundir::RunDir;
 
+/// How long a source may take to say whose its page server is.
+const SOON: Duration = Duration::from_secs(1);
+
 /// Children of a fork that is to be made. Until they are taken out, whatever goes wrong ends their monitors.
 pub struct Birth {
     dir: RunDir,
@@ -27,6 +33,8 @@ pub struct Birth {
     names: Vec<String>,
     starting: JoinSet<anyhow::Result<(usize, Monitor)>>,
     monitors: Vec<Option<Monitor>>,
+    /// If it was started by us.
+    page_server: Option<Child>,
 }
 
 impl Birth {
@@ -34,7 +42,15 @@ impl Birth {
     pub fn new(dir: &RunDir, source: &str, names: Vec<String>) -> Self {
         let monitors = names.iter().map(|_| None).collect();
         let client = dir.client(source);
-        Self { dir: dir.clone(), source: source.into(), client, names, starting: JoinSet::new(), monitors }
+        Self {
+            dir: dir.clone(),
+            source: source.into(),
+            client,
+            names,
+            starting: JoinSet::new(),
+            monitors,
+            page_server: None,
+        }
     }
 
     /// Starts the monitors, and the page server if there is none; returns when all children wait. Where this is given up, [`Birth::give_up`]
@@ -43,7 +59,7 @@ impl Birth {
         let info = self.info().await?;
         // Early, so that it prepares the fork while the monitors come.
         if !info.family.page_server {
-            start_page_server(&self.dir, &self.source)?;
+            self.page_server = Some(start_page_server(&self.dir, &self.source)?);
         }
         for index in 0..self.names.len() {
             let request = self.request(args, &info, index)?;
@@ -75,7 +91,16 @@ impl Birth {
     /// Ends all of them; returns when they have ended.
     pub async fn give_up(&mut self) {
         self.starting.shutdown().await;
-        self.monitors.clear();
+        let waited = self.monitors.drain(..).flatten().count() > 0;
+        // It goes by itself when all have gone who waited. One for which nobody came would wait for a minute.
+        let Some(mut server) = self.page_server.take().filter(|_| !waited) else { return };
+        if let Ok(Ok(info)) = tokio::time::timeout(SOON, self.client.info()).await
+            && info.family.waiting.is_empty()
+            && info.family.children.is_empty()
+        {
+            let _ = server.kill(); // It may have ended already.
+            let _ = server.wait();
+        }
     }
 
     async fn info(&self) -> anyhow::Result<VmInfo> {

@@ -1,5 +1,7 @@
 //! The command line: every option, once.
 
+mod inspect;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::advice;
 use crate::cp::Place;
 use crate::devices::{DiskSpec, ForksSpec, NetSpec, StoreSpec, VsockSpec};
+pub use inspect::InspectArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -115,6 +118,9 @@ pub enum Command {
     /// Fork a running VM: it runs on, and a child goes on from the same moment.
     #[command(after_help = FORK_HELP)]
     Fork(ForkArgs),
+    /// Look into a running VM: fork it, run a program inside the fork, and discard that.
+    #[command(after_help = INSPECT_HELP)]
+    Inspect(Box<InspectArgs>),
     /// Run a program inside a fork, from outside: nothing in the guest needs to help.
     #[command(after_help = EXEC_HELP)]
     Exec(ExecArgs),
@@ -332,6 +338,30 @@ Examples:
   civic fork web --name web-1 --store tools.img
   civic fork web --name probe --count 2 --store tools.img,overlay
   civic fork web --name probe --count 2 --disk path=results-{n}.img,id=results --net tap=probe{n}";
+
+const INSPECT_HELP: &str = "\
+The VM stands still for some milliseconds and runs on. A fork of it gets the store and the cards, the program is started
+inside it from outside, and the fork is discarded when the program has ended, whatever comes: nothing of it is left but
+what was written to the store or to disks of its own. Ctrl-C, SIGTERM and SIGHUP end the program first; once more, and
+they do not wait for it. docs/inspect.md tells more.
+
+With a store the program's / is the store, and the fork's own root is at /guest. What is written to the store is there
+in the next round: it is unmounted in order before the fork goes.
+
+The program has this command's input and outputs; with --count or --every it has no input. Of several children each line
+has the child's number before it. With --every, a round that Civic cannot do is told, and the next one is tried, unless
+it was the first.
+
+Exit status: the program's own, as of 'civic exec'; of the last round with --every; with --count the first that is not 0;
+125 for Civic's own failures, 128 and the signal's number when interrupted.
+
+Examples:
+  civic inspect web -- /bin/ps aux
+  civic inspect web --store tools.img -- strace -c -p 812
+  civic inspect web --freeze --store tools.img --every 10s --rounds 6 --json -- collect
+  civic inspect web --store tools.img,overlay --count 4 -- sh -c 'tune {n}'
+  civic inspect web --source-net mirror --net tap=tap1,id=own --ip own=10.0.0.2/24 -- ss -tn
+  civic inspect web --keep --tty -- /bin/sh";
 
 const EXEC_HELP: &str = "\
 The program is brought into the fork's kernel from outside, and gets this command's input, outputs and

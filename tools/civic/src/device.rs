@@ -120,6 +120,11 @@ pub fn state(device: &DeviceInfo) -> &'static str {
 }
 
 impl NewDevices {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.disks.is_empty() && self.nets.is_empty() && self.consoles.is_empty()
+    }
+
     /// The same for one of several VMs: with its number where `{n}` stands.
     pub fn numbered(&self, number: usize) -> Self {
         let number = number.to_string();

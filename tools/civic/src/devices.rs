@@ -80,6 +80,11 @@ impl NetSpec {
 pub struct StoreSpec(DiskConfig);
 
 impl StoreSpec {
+    /// The disk as it was given.
+    pub fn unnumbered(&self) -> &DiskConfig {
+        &self.0
+    }
+
     /// The disk, for the child of this number.
     pub fn config(&self, number: usize) -> DiskConfig {
         let path = self.0.path.to_str().map(|path| path.replace("{n}", &number.to_string()).into());

@@ -18,6 +18,7 @@ mod devices;
 mod exec;
 mod fork;
 mod guest;
+mod inspect;
 mod monitor;
 mod process;
 mod program;
@@ -93,6 +94,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
                 save::save(&dir, &name, &directory, after.then(), json).await
             }
             Command::Fork(args) => fork::fork(&dir, args).await,
+            Command::Inspect(args) => inspect::inspect(&dir, *args).await,
             Command::Exec(args) => exec::exec(&dir, args).await,
             Command::Cp(args) => cp::cp(&dir, args).await,
             Command::Tree { json } => fork::tree(&dir, json).await,

@@ -116,15 +116,14 @@ impl Drop for Monitor {
 }
 
 /// Starts the page server of the VM `name`. It finds its way by itself, and ends by itself.
-pub fn start_page_server(dir: &RunDir, name: &str) -> anyhow::Result<()> {
+pub fn start_page_server(dir: &RunDir, name: &str) -> anyhow::Result<Child> {
     let program = find_beside("civic-pager")?;
     let mut command = Command::new(&program);
     let log = File::options().create(true).append(true).mode(0o600).open(dir.log(name));
     let log = log.with_context(|| format!("cannot append to {}", dir.log(name).display()))?;
     command.arg(dir.vm(name)).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     in_own_session(&mut command, Until::Told);
-    let started = command.spawn().map(drop);
-    started.with_context(|| format!("cannot start {}", program.display()))
+    command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
 
 /// What `civic-vmm doctor` says, as JSON.
@@ -141,17 +140,20 @@ pub fn doctor(run_dir: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Where to read why a monitor ended, with the last error in the log, or else its last line.
+/// Where to read why a monitor ended, with its last words.
 pub fn log_hint(log: &Path) -> String {
-    let last = std::fs::read(log).ok().and_then(|text| {
-        let text = String::from_utf8_lossy(&text[text.len().saturating_sub(4096)..]).into_owned();
-        let error = text.lines().rfind(|line| line.contains(" ERROR "));
-        error.or_else(|| text.lines().rfind(|line| !line.trim().is_empty())).map(crate::table::printable)
-    });
-    match last {
+    match last_words(log) {
         Some(line) => format!("its last words: {line}\nsee {}", log.display()),
         None => format!("see {}", log.display()),
     }
+}
+
+/// The last error in the log, or else its last line.
+pub fn last_words(log: &Path) -> Option<String> {
+    let text = std::fs::read(log).ok()?;
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(4096)..]).into_owned();
+    let error = text.lines().rfind(|line| line.contains(" ERROR "));
+    error.or_else(|| text.lines().rfind(|line| !line.trim().is_empty())).map(crate::table::printable)
 }
 
 /// The monitor's executable: `CIVIC_VMM`, else beside our own, else in `PATH`.

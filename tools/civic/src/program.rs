@@ -42,12 +42,16 @@ pub enum Input {
 pub trait Sink: Send + 'static {
     /// A part of it.
     fn take(&mut self, part: Output);
+
+    /// There is no more.
+    fn end(&mut self) {}
 }
 
 /// This process's outputs.
 #[derive(Default)]
 pub struct OurOutputs {
-    broken: bool,
+    /// Nobody reads our standard output any more.
+    pub broken: bool,
 }
 
 impl Sink for OurOutputs {
@@ -103,6 +107,7 @@ pub fn attend<S: Sink>(stream: ConsoleStream, input: Input, mut sink: S) -> Resu
         while let Some(part) = wanted.blocking_recv() {
             sink.take(part);
         }
+        sink.end();
         let _ = done.send(sink);
     })?;
     let (typed, typing) = mpsc::channel(1);

@@ -27,6 +27,8 @@ pub struct Outcome {
     pub status: u8,
     /// The signal that ended it.
     pub signal: Option<u8>,
+    /// Whether there was a program that could be executed.
+    pub executed: bool,
     /// When the loader had come how far, by the guest's time stamp counter.
     pub stages: Vec<(Stage, u64)>,
 }
@@ -89,14 +91,21 @@ impl Talk {
                     FromGuest::Stdout(part) => drop(output.send(Output::Stdout(part.to_vec())).await),
                     FromGuest::Stderr(part) => drop(output.send(Output::Stderr(part.to_vec())).await),
                     FromGuest::Warning(text) => drop(output.send(Output::Remark(text.into())).await),
-                    FromGuest::Exited(Exit::Code(status)) => return Ok(Outcome { status, signal: None, stages }),
+                    FromGuest::Exited(Exit::Code(status)) => {
+                        return Ok(Outcome { status, signal: None, executed: true, stages });
+                    }
                     FromGuest::Exited(Exit::Signal { signal, .. }) => {
-                        return Ok(Outcome { status: 128_u8.wrapping_add(signal), signal: Some(signal), stages });
+                        return Ok(Outcome {
+                            status: 128_u8.wrapping_add(signal),
+                            signal: Some(signal),
+                            executed: true,
+                            stages,
+                        });
                     }
                     FromGuest::Failed { step, errno, text } => {
                         let (status, text) = failed(step, errno, text)?;
                         let _ = output.send(Output::Remark(text)).await;
-                        return Ok(Outcome { status, signal: None, stages });
+                        return Ok(Outcome { status, signal: None, executed: false, stages });
                     }
                 }
                 done += len;
