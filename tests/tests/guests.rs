@@ -8,6 +8,8 @@
 mod forked;
 #[path = "guests/injected.rs"]
 mod injected;
+#[path = "guests/inspected.rs"]
+mod inspected;
 #[path = "guests/limits.rs"]
 mod limits;
 #[path = "guests/loaded.rs"]
@@ -124,6 +126,9 @@ fn main() {
     trials.push(trial("injected::broken".into(), || injected::broken(&tiny("256M", 2, &[]))));
     let starved = || injected::starved(&Spec { kernel: "6.1-cloud", ..tiny("256M", 2, &[]) });
     trials.push(trial("injected::starved".into(), starved));
+    trials.push(trial("inspected::tiny".into(), || inspected::tiny(&tiny("256M", 2, &[]))));
+    let often = || inspected::often(&tiny("256M", 2, &[]), 500);
+    trials.push(trial("inspected::often".into(), often).with_ignored_flag(true));
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times::tiny".into(), hundred).with_ignored_flag(true));
     for kernel in KERNELS {

@@ -3,7 +3,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -69,11 +69,11 @@ fn sums(vm: &Vm) -> Result<GuestChecksums> {
     kernel.checksums.context("no checksums")
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn expect(out: &Output, status: i32, stdout: &str, stderr: &str) -> Result<()> {
+pub fn expect(out: &Output, status: i32, stdout: &str, stderr: &str) -> Result<()> {
     let told = (out.status.code(), text(&out.stdout), text(&out.stderr));
     ensure!(told == (Some(status), stdout.into(), stderr.into()), "{told:?}");
     Ok(())
@@ -390,19 +390,24 @@ fn break_it(child: &mut Vm, wrong: &Wrong) -> Result<()> {
     }
 }
 
-/// A program of a store, with a card, a terminal, a user and a priority of its own, beside others.
-pub fn equipped(spec: &Spec) -> Result<()> {
-    let vm = Vm::start(spec)?;
-    let dir = tempfile::tempdir()?;
-    let (tree, image) = (dir.path().join("tree"), dir.path().join("store.img"));
+/// A store in `dir`: a busybox and a note.
+pub fn store(dir: &Path) -> Result<PathBuf> {
+    let (tree, image) = (dir.join("tree"), dir.join("store.img"));
     fs::create_dir_all(tree.join("tools"))?;
     fs::copy("/bin/busybox", tree.join("tools/busybox"))?;
     fs::write(tree.join("note"), "of the store\n")?;
     File::create(&image)?.set_len(STORE_BYTES)?;
     let path = |path: &Path| path.display().to_string();
     run("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &path(&tree), &path(&image)])?;
+    Ok(image)
+}
+
+/// A program of a store, with a card, a terminal, a user and a priority of its own, beside others.
+pub fn equipped(spec: &Spec) -> Result<()> {
+    let vm = Vm::start(spec)?;
+    let dir = tempfile::tempdir()?;
     let tap = Tap::new()?;
-    let (store, net) = (path(&image), format!("tap={},id=own", tap.name));
+    let (store, net) = (store(dir.path())?.display().to_string(), format!("tap={},id=own", tap.name));
     let (mut child, _) = vm.fork_with("child", &["--store", &store, "--net", &net])?;
 
     let sh = |script: &'static str| ["/tools/busybox", "sh", "-c", script];
