@@ -323,9 +323,8 @@ fn a_child_or_page_server_that_is_killed_at_any_stage_leaves_nothing() {
             _ => {
                 let monitors = [source.monitor("bare-inspect-1"), source.monitor("bare-inspect-2")];
                 let others = [Pid::from_raw(command.id() as i32), Pid::from_raw(source.vm.pid() as i32)];
-                let pager = source.processes().into_iter().map(|pid| Pid::from_raw(pid as i32));
-                let pager = pager.filter(|pid| !monitors.contains(pid) && !others.contains(pid)).last();
-                pager.unwrap_or(monitors[0])
+                let mut all = source.processes().into_iter().map(|pid| Pid::from_raw(pid as i32));
+                all.find(|pid| !monitors.contains(pid) && !others.contains(pid)).unwrap_or(monitors[0])
             }
         };
         std::thread::sleep(whole * (round / 2) / ROUNDS);
