@@ -400,7 +400,7 @@ impl Watch {
         if let Some(written) = written {
             look.hearing = self.last_of(written).await;
         }
-        let first = look.hearing.as_ref().and_then(|hearing| hearing.first);
+        let first = look.ended.as_ref().ok().and_then(|end| end.outcome.first_output);
         look.stages.first_output_us = first.map(|first| first.duration_since(self.begun).as_micros() as u64);
         look
     }

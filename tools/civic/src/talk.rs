@@ -7,6 +7,7 @@
 //! ```
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use civic_api::client::ConsoleStream;
@@ -29,6 +30,8 @@ pub struct Outcome {
     pub signal: Option<u8>,
     /// Whether there was a program that could be executed.
     pub executed: bool,
+    /// When the first that it wrote was here.
+    pub first_output: Option<Instant>,
     /// When the loader had come how far, by the guest's time stamp counter.
     pub stages: Vec<(Stage, u64)>,
 }
@@ -78,11 +81,15 @@ impl Talk {
     /// Takes what the guest says, until the last of it.
     pub async fn hear(self) -> Result<Outcome> {
         let Self { mut from_guest, credit, output, .. } = self;
-        let (mut bytes, mut stages) = (Vec::new(), Vec::new());
+        let (mut bytes, mut stages, mut first_output) = (Vec::new(), Vec::new(), None);
         loop {
             let mut done = 0;
             while let Some((frame, len)) = split(&bytes[done..]).context("the monitor makes no sense")? {
-                match FromGuest::decode(frame).context("the monitor makes no sense")? {
+                let frame = FromGuest::decode(frame).context("the monitor makes no sense")?;
+                if matches!(frame, FromGuest::Stdout(_) | FromGuest::Stderr(_)) {
+                    first_output.get_or_insert_with(Instant::now);
+                }
+                match frame {
                     FromGuest::Hello { credit: more, .. } | FromGuest::Credit(more) => {
                         credit.add_permits(more as usize)
                     }
@@ -92,20 +99,21 @@ impl Talk {
                     FromGuest::Stderr(part) => drop(output.send(Output::Stderr(part.to_vec())).await),
                     FromGuest::Warning(text) => drop(output.send(Output::Remark(text.into())).await),
                     FromGuest::Exited(Exit::Code(status)) => {
-                        return Ok(Outcome { status, signal: None, executed: true, stages });
+                        return Ok(Outcome { status, signal: None, executed: true, first_output, stages });
                     }
                     FromGuest::Exited(Exit::Signal { signal, .. }) => {
                         return Ok(Outcome {
                             status: 128_u8.wrapping_add(signal),
                             signal: Some(signal),
                             executed: true,
+                            first_output,
                             stages,
                         });
                     }
                     FromGuest::Failed { step, errno, text } => {
                         let (status, text) = failed(step, errno, text)?;
                         let _ = output.send(Output::Remark(text)).await;
-                        return Ok(Outcome { status, signal: None, executed: false, stages });
+                        return Ok(Outcome { status, signal: None, executed: false, first_output, stages });
                     }
                 }
                 done += len;

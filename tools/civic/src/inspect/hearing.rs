@@ -2,7 +2,6 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::time::Instant;
 
 use indicatif::ProgressBar;
 use serde::ser::{Serialize, SerializeStruct, Serializer};
@@ -20,8 +19,6 @@ const LONGEST_LINE: usize = 64 << 10;
 pub struct Hearing {
     to: To,
     bar: ProgressBar,
-    /// When it wrote for the first time.
-    pub first: Option<Instant>,
     /// Told when nobody takes it any more.
     closed: Arc<Notify>,
 }
@@ -65,7 +62,7 @@ pub struct Captured {
 impl Hearing {
     /// A sign of life ends with the first output; `closed` is told when our output is.
     pub fn new(to: To, bar: ProgressBar, closed: Arc<Notify>) -> Self {
-        Self { to, bar, first: None, closed }
+        Self { to, bar, closed }
     }
 
     /// What was kept, if it was to be.
@@ -79,9 +76,6 @@ impl Hearing {
 
 impl Sink for Hearing {
     fn take(&mut self, part: Output) {
-        if !matches!(part, Output::Remark(_)) {
-            self.first.get_or_insert_with(Instant::now);
-        }
         self.bar.finish_and_clear();
         match &mut self.to {
             To::Ours(ours) => ours.take(part),

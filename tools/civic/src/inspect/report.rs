@@ -207,7 +207,7 @@ mod tests {
             number: 1,
             name: "web-inspect-1".into(),
             ended: Ok(End {
-                outcome: Outcome { status: 7, signal: None, executed: true, stages: Vec::new() },
+                outcome: Outcome { status: 7, signal: None, executed: true, first_output: None, stages: Vec::new() },
                 why: Why::Itself,
             }),
             kept: false,
