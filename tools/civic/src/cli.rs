@@ -16,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::advice;
 use crate::cp::Place;
 use crate::devices::{DiskSpec, ForksSpec, NetSpec, StoreSpec, VsockSpec};
+use crate::store::build_hooks::FileSpec;
 pub use inspect::InspectArgs;
 
 const EXAMPLES: &str = "\
@@ -150,6 +151,11 @@ pub enum Command {
         #[command(subcommand)]
         command: DeviceCommand,
     },
+    /// Build and check stores: images with tools that programs in a fork have as their root.
+    Store {
+        #[command(subcommand)]
+        command: StoreCommand,
+    },
     /// End a VM now, as if its plug were pulled.
     Kill {
         /// The VM.
@@ -229,6 +235,72 @@ pub enum DeviceCommand {
     },
 }
 
+/// What `civic store` does.
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Build a store from packages of the system's apt, with all that they depend on.
+    #[command(after_help = STORE_BUILD_HELP)]
+    Build(StoreBuildArgs),
+    /// Check a store's image, and show what is in it.
+    #[command(after_help = STORE_CHECK_HELP)]
+    Check {
+        /// The image.
+        #[arg(value_name = "IMG")]
+        image: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What `civic store build` is told.
+#[derive(Debug, Args)]
+pub struct StoreBuildArgs {
+    /// The image to make.
+    #[arg(value_name = "OUT")]
+    pub image: PathBuf,
+    /// A package to install. Repeat for more.
+    #[arg(long = "package", value_name = "NAME", required = true, value_parser = package)]
+    pub packages: Vec<String>,
+    /// Copy a file or folder in; it becomes root's. Repeat for more.
+    #[arg(long = "file", value_name = "SRC:DST", value_parser = FileSpec::parse)]
+    pub files: Vec<FileSpec>,
+    /// Run this script at the end, with the store as its root.
+    #[arg(long, value_name = "SCRIPT")]
+    pub setup: Option<PathBuf>,
+    /// How large the file system is, such as 2G: what is in it and some room, if not given.
+    #[arg(long)]
+    pub size: Option<ByteSize>,
+    /// The release that packages are from, if it is not that of this system.
+    #[arg(long, visible_alias = "release", value_name = "NAME", requires = "sources", value_parser = suite)]
+    pub suite: Option<String>,
+    /// A file with apt sources, in place of those of this system. Repeat for more.
+    #[arg(long, value_name = "FILE")]
+    pub sources: Vec<PathBuf>,
+    /// Replace the image if it is there.
+    #[arg(long)]
+    pub force: bool,
+    /// Print a report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A package's name, as Debian's policy has it.
+fn package(text: &str) -> Result<String, String> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let rest = |byte: u8| plain(byte) || b"+-.".contains(&byte);
+    match text.as_bytes() {
+        [first, others @ ..] if plain(*first) && !others.is_empty() && others.iter().all(|byte| rest(*byte)) => {
+            Ok(text.to_owned())
+        }
+        _ => Err("no package has such a name: it has small letters, digits, '+', '-' and '.'".into()),
+    }
+}
+
+fn suite(text: &str) -> Result<String, String> {
+    package(text).map_err(|_| "no release has such a name; one is 'bookworm'".into())
+}
+
 /// Devices to plug in.
 #[derive(Clone, Debug, Default, Args)]
 pub struct NewDevices {
@@ -259,6 +331,22 @@ the guest unmount a file system first: it is asked, and agrees, whether or not i
 Examples:
   civic device remove web data
   civic device remove web disk1 net1 --wait 60";
+
+const STORE_BUILD_HELP: &str = "\
+Packages come from the archives that apt uses here, with its keys, passwords and proxies; the system itself
+is not changed. Their scripts run in the store, and no service starts. It takes root, mmdebstrap and
+e2fsprogs. The image takes no more of the disk than what is in it. Nothing is left if it is interrupted.
+
+Examples:
+  civic store build tools.img --package strace --package procps
+  civic store build agent.img --package collectd --file collectd.conf:/etc/collectd/ --setup tune.sh --size 2G";
+
+const STORE_CHECK_HELP: &str = "\
+It is not mounted. Exit status: 0 if it is a sound store, else 125.
+
+Examples:
+  civic store check tools.img
+  civic store check tools.img --json | jq .free_bytes";
 
 const RUN_EXAMPLES: &str = "\
 In the foreground the VM's serial console is on this terminal. Ctrl-] presses its power button,

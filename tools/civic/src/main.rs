@@ -27,6 +27,7 @@ mod rundir;
 mod save;
 mod show;
 mod stop;
+mod store;
 mod table;
 mod talk;
 mod terminal;
@@ -100,6 +101,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             Command::Tree { json } => fork::tree(&dir, json).await,
             Command::Balloon { name, size, json } => balloon::balloon(&dir, &name, size, json).await,
             Command::Device { command } => device::device(&dir, command).await,
+            Command::Store { command } => store::store(command).await,
             Command::Kill { name } => stop::kill(&dir, &name).await,
             Command::Doctor { json } => show::doctor(&dir, json),
             Command::Metrics { name } => {
