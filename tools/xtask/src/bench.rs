@@ -5,7 +5,7 @@
 //!                                                  ├── boot             process start to user space; the monitor's own memory
 //!                                                  ├── io               disks, network, vsock
 //!                                                  ├── hotplug          a device until the guest uses it, beside device_add
-//!                                                  ├── inject           a program started from outside, beside QEMU's GDB stub
+//!                                                  ├── inject           a program started from outside, beside the CIVIC paper's way
 //!                                                  └── fork             forks beside QEMU's background-snapshot
 //!                                   ├► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
 //!                                   └► tests/benches/fork --load       Debian under load, forked
@@ -32,9 +32,9 @@ mod io;
 mod machine;
 mod memory;
 mod net;
+mod peer;
 mod qmp;
 mod report;
-mod rsp;
 mod stats;
 mod stillness;
 mod vsock;
@@ -43,7 +43,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use civic_testbed::{apt, cache, client, setup as testbed_setup};
+use civic_testbed::apt::{self, Apt};
+use civic_testbed::cache::{self, make_once};
+use civic_testbed::{client, setup as testbed_setup};
 
 use crate::place::{Job, Place};
 use crate::setup;
@@ -52,8 +54,8 @@ use clock::{Clock, Ticker};
 use machine::Tools;
 use report::Report;
 
-/// What only benches need of the system: `qemu-img` makes their qcow2 images.
-const PACKAGES: [&str; 1] = ["qemu-utils"];
+/// What only benches need of the system: `qemu-img` makes their qcow2 images; the libraries of GDB.
+const PACKAGES: [&str; 2] = ["qemu-utils", "gdb"];
 /// The parts of the bench of forks.
 const FORK_PARTS: [&str; 3] = ["bare", "qemu", "load"];
 /// Seconds that a bench may take.
@@ -145,6 +147,8 @@ pub struct HostArgs {
     qemu: PathBuf,
     #[arg(long)]
     qemu_data: Vec<PathBuf>,
+    #[arg(long)]
+    gdb: PathBuf,
 }
 
 /// Measures where guests can run; whether all promises hold.
@@ -203,6 +207,7 @@ impl Parts<'_> {
         let args = self.args;
         apt::install(&PACKAGES)?;
         let qemu = testbed_setup::parts()?.qemu;
+        let gdb = gdb()?;
         let place = settle(args, Place::for_guests);
         let clock = self.folder.join(format!("bench-{}.clock", std::process::id()));
         self.part(|json| {
@@ -216,6 +221,7 @@ impl Parts<'_> {
             let program = if qemu.program.is_absolute() { qemu.program } else { in_path(&qemu.program)? };
             host.push(format!("--qemu={}", program.display()));
             host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
+            host.push(format!("--gdb={}", gdb.display()));
             let myself = std::env::current_exe()?;
             let root_image = matches!(args.what, What::Io | What::All);
             Job { program: &myself, args: &host, root_image, timeout: TIMEOUT }.run(place)
@@ -242,6 +248,15 @@ fn settle(args: &Args, by_itself: fn() -> (Place, &'static str)) -> Place {
     place
 }
 
+/// Debian's smallest GDB. It excludes the usual one, so it is unpacked in the cache and installed nowhere; with that one it shares the libraries. The
+/// usual one has Python in it, whose files it reads each time it starts.
+fn gdb() -> Result<PathBuf> {
+    let cache = cache::dir()?;
+    let root = cache.join("gdb");
+    make_once(&root, "1", |new| Apt::open(&cache)?.unpack(&["gdb-minimal"], None, new))?;
+    Ok(root.join("usr/bin/gdb"))
+}
+
 fn in_path(program: &Path) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut found = std::env::split_paths(&path).map(|dir| dir.join(program)).filter(|p| p.is_file());
@@ -250,7 +265,7 @@ fn in_path(program: &Path) -> Result<PathBuf> {
 
 /// The part on the KVM host.
 pub fn host(args: &HostArgs) -> Result<bool> {
-    let tools = Tools::new(&args.qemu, &args.qemu_data)?;
+    let tools = Tools::new(&args.qemu, &args.qemu_data, &args.gdb)?;
     let clock = Clock::new(args.clock.clone());
     let mut report = Report::new(facts::gather(&tools)?);
     if matches!(args.what, What::Boot | What::All) {

@@ -13,7 +13,6 @@
 //! QEMU by its two events (from when they have stopped, so that QEMU's is told a little too short); and as the host's kernel saw it.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,8 +22,8 @@ use serde_json::{Value, json};
 use super::clock::Clock;
 use super::guest::Guest;
 use super::machine::{Image, Monitor, Spec, Tools, line};
+use super::peer::clone::{Sockets, Source, listens};
 use super::progress;
-use super::qmp::Qmp;
 use super::report::{Kind, Promise, Report, Row};
 use super::stats::Samples;
 use super::stillness::Tracer;
@@ -96,12 +95,9 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
         vsock: None,
         more: more.to_vec(),
     };
-    let control = |name: &str| tools.work.join(format!("{name}.qmp"));
-    let qmp = |name: &str| ["-qmp".to_owned(), format!("unix:{},server=on,wait=off", control(name).display())];
-    let stream = tools.work.join("stream");
-    let incoming = ["-incoming".to_owned(), format!("unix:{}", stream.display())];
-    let (ours, peer) = (spec(Monitor::Civic, &[]), spec(Monitor::Q35, &qmp("source")));
-    let second = spec(Monitor::Q35, &[&qmp("second")[..], &incoming].concat());
+    let (control, sockets) = (tools.work.join("source.qmp"), Sockets::new(&tools.work));
+    let (ours, peer) = (spec(Monitor::Civic, &[]), spec(Monitor::Q35, &["-qmp".to_owned(), listens(&control)]));
+    let second = spec(Monitor::Q35, &sockets.options());
     for (name, spec) in [("civic, source", &ours), ("qemu, source", &peer), ("qemu, second", &second)] {
         report.command(name, line(&tools.command(spec, "NAME")));
     }
@@ -109,13 +105,8 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     let mut civic = Civic { tools, source: filled(tools, &ours)? };
     civic.halt()?;
     let guest = filled(tools, &peer)?;
-    let mut qmp = Qmp::connect(&control("source"), PATIENCE)?;
-    let snapshot = json!({ "capabilities": [{ "capability": "background-snapshot", "state": true }] });
-    qmp.execute("migrate-set-capabilities", snapshot, PATIENCE)?;
-    // No limit: by default QEMU sends 128 MiB a second.
-    qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 40 }), PATIENCE)?;
-    let mut qemu = Qemu { tools, source: guest, qmp, second, stream, control: control("second") };
-    qemu.halt()?;
+    let mut qemu = Qemu { source: Source::new(tools, guest, &control, sockets, PATIENCE)?, second };
+    qemu.source.halt()?;
 
     let mut forks = [Forks::default(), Forks::default()];
     // The first round warms up.
@@ -264,60 +255,29 @@ impl Civic<'_> {
 
 /// QEMU's source, and what a second QEMU is started with.
 struct Qemu<'a> {
-    tools: &'a Tools,
-    source: Guest<'a>,
-    qmp: Qmp,
+    source: Source<'a>,
     second: Spec,
-    /// Where the second one listens: for the snapshot, and for us.
-    stream: PathBuf,
-    control: PathBuf,
 }
 
 impl Qemu<'_> {
-    fn halt(&mut self) -> Result<()> {
-        self.qmp.execute("stop", json!({}), PATIENCE)?;
-        self.qmp.event("STOP", PATIENCE).map(drop)
-    }
-
     fn fork(&mut self, round: usize, clock: &Clock, tracer: Option<&Tracer>) -> Result<Fork> {
-        self.qmp.execute("cont", json!({}), PATIENCE)?;
-        self.qmp.event("RESUME", PATIENCE)?;
-        let before = self.source.run(LOOK, PATIENCE)?;
-        for socket in [&self.stream, &self.control] {
-            let _ = std::fs::remove_file(socket);
-        }
-        let mut child = Guest::start_as(self.tools, &self.second, format!("bench-second-{round}"))?;
-        let mut second = Qmp::connect(&self.control, PATIENCE)?;
+        self.source.go()?;
+        let before = self.source.guest.run(LOOK, PATIENCE)?;
+        let mut second = self.source.second(&self.second, format!("bench-second-{round}"))?;
         tracer.map_or(Ok(()), Tracer::begin)?;
         let (mark, call) = (clock.mark(), Instant::now());
-        self.qmp.execute("migrate", json!({ "uri": format!("unix:{}", self.stream.display()) }), PATIENCE)?;
-        let stopped = self.qmp.event("STOP", PATIENCE)?;
-        let resumed = self.qmp.event("RESUME", PATIENCE)?;
+        let [stopped, resumed] = self.source.snapshot()?;
         // Its vCPUs come after its word.
         std::thread::sleep(GRACE);
         tracer.map_or(Ok(()), Tracer::end)?;
-        let running = second.event("RESUME", PATIENCE)?.read - call;
+        let running = second.runs(PATIENCE)? - call;
         let stretch = clock.stretch(&mark)?;
-        let answers = look(&mut child, &before, call)?;
-        let still = tracer.map(|tracer| tracer.longest(self.source.pid()?)).transpose()?;
-        self.complete()?;
-        drop(child);
-        self.halt()?;
+        let answers = look(&mut second.guest, &before, call)?;
+        let still = tracer.map(|tracer| tracer.longest(self.source.guest.pid()?)).transpose()?;
+        self.source.complete()?;
+        drop(second);
+        self.source.halt()?;
         let pause = resumed.happened.saturating_sub(stopped.happened);
         Ok(Fork { pause: ms(pause), still, running: ms(running) / stretch, answers: ms(answers) })
-    }
-
-    /// Waits until QEMU has done with the snapshot.
-    fn complete(&mut self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let told = self.qmp.execute("query-migrate", json!({}), PATIENCE)?;
-            match told["status"].as_str() {
-                Some("completed") => return Ok(()),
-                Some("active" | "device" | "setup") if Instant::now() < deadline => {}
-                _ => anyhow::bail!("QEMU's snapshot: {told}"),
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
     }
 }

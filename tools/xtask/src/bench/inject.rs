@@ -1,26 +1,32 @@
 //! A program started from outside in a guest that stands still, until it has said its first word: beside the same done on QEMU as the
-//! CIVIC paper did it (`inject/peer.rs` says how, and where it was made faster than the paper's).
+//! CIVIC paper did it.
 //!
 //! ```text
-//!           not counted                          counted
-//!  civic    fork --paused --store, console  │ resume, POST /v1/programs ………………………………………… the program ─▶ its word on the console
-//!  qemu     stop, device_add of the store   │ GDB stub: code, jump ─▶ continue ……………… the program ─▶ its word on the console
+//!              not counted                             counted
+//!  civic       fork --paused --store, console        │ resume, POST /v1/programs ………………………… the program ─▶ its word on the console
+//!  paper       clone, stop, device_add of the store  │ gdb: breakpoint, code, jump ─▶ loader script ─▶ the program ─▶ its word
+//!  bare stub   stop, device_add of the store         │ GDB stub: code, jump ─▶ continue ……………… the program ─▶ its word
 //! ```
 //!
+//! `paper` is what is promised against (`inject/paper.rs`, with the parts of `peer.rs`): the paper's pipeline with the paper's tools, on a clone. What
+//! QEMU's part of it costs by itself, without clone, GDB and script, is `bare stub` (`inject/bare.rs`): no way to look into a VM, only shown.
+//!
 //! The same kernel, initramfs and store: an ext4 file system with a static busybox, whose shell writes a line to the serial console.
-//! That is the first that can be seen of the program on both sides; Civic's loader also tells when it has executed it. Each round starts two
+//! That is the first that can be seen of the program on all sides; Civic's loader also tells when it has executed it. Each round starts two
 //! programs in the guest: one just after the store was plugged in, and one again, when the guest has found it. Who is not measured stands
-//! still; Civic's guest is forked for each round, QEMU's is tidied up and goes on.
+//! still; Civic's guest is forked and the paper's cloned for each round, that of the bare stub is tidied up and goes on.
 //!
 //! A source looks for its kernel when it is first forked, and its later forks know it. So Civic finds the kernel within what is counted in
-//! the first round only, which warms up and is shown by itself (`unknown`): one sample, and everything else in it is cold too.
+//! the first round only, which warms up and is shown by itself (`unknown`): one sample, and everything else in it is cold too. Both of
+//! QEMU's are told the addresses beforehand.
 //!
 //! A stage's row has all of the peer's time beside it, so that its ratio says how much of that it is. Stages of the loader are told in ticks
 //! of the guest's time stamp counter, whose rate the guest's kernel tells.
 
-mod code;
-mod peer;
+mod bare;
+mod paper;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -33,10 +39,13 @@ use super::clock::Clock;
 use super::guest::{Guest, said};
 use super::io::complaints;
 use super::machine::{Image, Monitor, Spec, Tools, line};
+use super::peer::clone::{Sockets, listens};
+use super::peer::root_port;
 use super::progress;
 use super::report::{Kind, Promise, Report, Row};
 use super::stats::Samples;
-use peer::Peer;
+use bare::Bare;
+use paper::Paper;
 
 const MEMORY_MIB: u32 = 256;
 const CPUS: u8 = 1;
@@ -44,6 +53,14 @@ const CPUS: u8 = 1;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The time, as a share of the peer's.
 const TIME: f64 = 0.1;
+/// Where QEMU's guests have the store, and what is on it.
+const FOLDER: &str = "/mnt";
+const BUSYBOX: &str = "/mnt/bin/busybox";
+const LOADER: &str = "/mnt/loader";
+/// The paper's loader: its argument is what the program is to do.
+const LOADER_SCRIPT: &str = "#!/bin/sh\nexec /mnt/bin/busybox sh -c \"$1\"\n";
+/// Who is measured.
+const NAMES: [&str; 3] = ["civic", "paper", "bare stub"];
 /// Civic's stages, as its monitor calls them.
 const MONITORS: [&str; 7] = ["find", "place", "hook", "queue", "exec", "remove", "hello"];
 /// And the loader's, each of which ends so.
@@ -79,9 +96,9 @@ struct Run {
 /// Measures and reports.
 pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, report: &mut Report) -> Result<()> {
     let rounds = rounds.map_or(if quick { 5 } else { 30 }, usize::from);
-    let stores = ["civic", "qemu"].map(|who| tools.work.join(format!("store-{who}.img")));
+    let stores = ["civic", "paper", "bare"].map(|who| tools.work.join(format!("store-{who}.img")));
     make_store(tools, &stores)?;
-    let (control, stub) = (tools.work.join("inject.qmp"), tools.work.join("inject.gdb"));
+    let [store, papers_store, bare_store] = stores;
     let spec = |monitor, cmdline: &str, more: Vec<String>| Spec {
         monitor,
         image: Image::BzImage,
@@ -95,77 +112,101 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     };
     // Who is not measured stands still for longer than a kernel finds usual.
     let cmdline = "civic.bench=inject nosoftlockup";
-    let listens = |path: &PathBuf| format!("unix:{},server=on,wait=off", path.display());
-    let port =
-        ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1", "-qmp", &listens(&control), "-gdb", &listens(&stub)];
     let ours = spec(Monitor::Civic, cmdline, Vec::new());
-    let theirs = spec(Monitor::Q35, &format!("{cmdline} nokaslr"), port.map(str::to_owned).into());
-    for (name, spec) in [("civic", &ours), ("qemu q35", &theirs)] {
+    let qemu = |more: Vec<String>| {
+        spec(Monitor::Q35, &format!("{cmdline} nokaslr"), root_port(0).into_iter().chain(more).collect())
+    };
+    let [source, bare] = ["source", "bare"].map(|who| Listening::new(tools, who));
+    let (papers, bares) = (qemu(source.options()), qemu(bare.options()));
+    let sockets = Sockets::new(&tools.work);
+    let second = qemu(sockets.options().into_iter().chain(sockets.stub_options()).collect());
+    for (name, spec) in [("civic", &ours), ("qemu, source", &papers), (SECOND, &second), (BARE, &bares)] {
         report.command(name, line(&tools.command(spec, "NAME")));
     }
-    let [store, peers_store] = stores;
-    let mut civic = Civic::new(tools, booted(tools, &ours)?, store)?;
-    let mut qemu = Peer::new(booted(tools, &theirs)?, &control, stub, peers_store)?;
+    let mut civic = Civic::new(tools, booted(tools, &ours, "civic")?, store)?;
+    let guest = booted(tools, &papers, "source")?;
+    let Listening { control, stub } = source;
+    let mut paper = Paper::new(tools, paper::Parts { guest, control, stub, second, sockets, store: papers_store })?;
+    let mut bare = Bare::new(booted(tools, &bares, "bare")?, &bare.control, bare.stub, bare_store)?;
 
-    let (mut firsts, mut agains): ([Vec<Run>; 2], [Vec<Run>; 2]) = Default::default();
+    let (mut firsts, mut agains): ([Vec<Run>; 3], [Vec<Run>; 3]) = Default::default();
     // The first round warms up.
     for round in 0..=rounds {
         progress(&format!("starting programs from outside: round {round} of {rounds}"));
-        for who in [round % 2, (round + 1) % 2] {
+        for who in (0..NAMES.len()).map(|n| (n + round) % NAMES.len()) {
             let programs = ["first", "again"].map(|which| Program(format!("CIVIC-BENCH-PROGRAM-{which}-{round}")));
-            let done = if who == 0 { civic.round(round, &programs, clock) } else { qemu.round(&programs, clock) };
-            let [first, again] = done.with_context(|| format!("round {round} of {}", ["civic", "qemu"][who]))?;
+            let done = match who {
+                0 => civic.round(round, &programs, clock),
+                1 => paper.round(round, &programs, clock),
+                _ => bare.round(&programs, clock),
+            };
+            let [first, again] = done.with_context(|| format!("round {round} of {}", NAMES[who]))?;
             firsts[who].push(first);
             agains[who].push(again);
         }
     }
-    qemu.finish()?;
-    let ([ours, peers], [ours_again, peers_again]) = (&firsts, &agains);
-    let mut table = Table { report, how: "GDB stub, store just plugged in" };
-    table.all("", Promise::RatioAtMost(TIME), &ours[1..], &peers[1..]);
-    table.stages("", &ours[1..], &peers[1..]);
-    table.all(".unknown", Promise::None, &ours[..1], &peers[..1]);
-    table.stages(".unknown", &ours[..1], &peers[..1]);
-    table.how = "GDB stub, again";
-    table.all(".again", Promise::RatioAtMost(TIME), &ours_again[1..], &peers_again[1..]);
-    table.stages(".again", &ours_again[1..], &peers_again[1..]);
+    bare.finish()?;
+    let mut table = Table(report);
+    table.rows("", &firsts.each_ref().map(|runs| &runs[1..]), Promise::RatioAtMost(TIME));
+    table.rows(".again", &agains.each_ref().map(|runs| &runs[1..]), Promise::RatioAtMost(TIME));
+    table.rows(".unknown", &firsts.each_ref().map(|runs| &runs[..1]), Promise::None);
     Ok(())
 }
 
-/// The rows.
-struct Table<'a> {
-    report: &'a mut Report,
-    how: &'static str,
+/// The two of QEMU that are measured, in the report.
+const SECOND: &str = "qemu, second";
+const BARE: &str = "qemu, bare stub";
+
+/// Where a QEMU listens.
+struct Listening {
+    control: PathBuf,
+    stub: PathBuf,
 }
 
-impl Table<'_> {
-    fn all(&mut self, name: &str, promise: Promise, ours: &[Run], peers: &[Run]) {
-        let took = ours.iter().map(|run| run.took).collect();
-        self.row(format!("inject.first_instruction{name}"), promise, took, peers);
+impl Listening {
+    fn new(tools: &Tools, who: &str) -> Self {
+        let socket = |what: &str| tools.work.join(format!("{who}.{what}"));
+        Self { control: socket("qmp"), stub: socket("gdb") }
     }
 
-    fn stages(&mut self, name: &str, ours: &[Run], peers: &[Run]) {
+    fn options(&self) -> Vec<String> {
+        ["-qmp", &listens(&self.control), "-gdb", &listens(&self.stub)].map(str::to_owned).into()
+    }
+}
+
+/// The rows.
+struct Table<'a>(&'a mut Report);
+
+impl Table<'_> {
+    /// All, and then the stages of Civic: runs of [`NAMES`].
+    fn rows(&mut self, name: &str, [ours, paper, bare]: &[&[Run]; 3], promise: Promise) {
+        let took = |runs: &[Run]| runs.iter().map(|run| run.took).collect::<Samples>();
+        let (whole, pipeline) = (format!("inject.first_instruction{name}"), "the paper's way: clone, gdb, script");
+        self.row(whole.clone(), promise, took(ours), took(paper), SECOND, pipeline);
+        self.row(format!("{whole}.beside_bare_stub"), Promise::None, took(ours), took(bare), BARE, "no clone, no gdb");
         for (at, (stage, _)) in ours.first().into_iter().flat_map(|run| run.stages.iter().enumerate()) {
-            let took = ours.iter().map(|run| run.stages[at].1).collect();
-            self.row(format!("inject{name}.{stage}"), Promise::None, took, peers);
+            let of = ours.iter().map(|run| run.stages[at].1).collect();
+            self.row(format!("inject{name}.{stage}"), Promise::None, of, took(paper), SECOND, pipeline);
         }
     }
 
-    fn row(&mut self, name: String, promise: Promise, ours: Samples, peers: &[Run]) {
-        let (peer_name, how) = ("qemu q35".to_owned(), self.how.to_owned());
-        let peer = peers.iter().map(|run| run.took).collect();
-        self.report.add(Row { name, unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
+    fn row(&mut self, name: String, promise: Promise, ours: Samples, peer: Samples, peer_name: &str, how: &str) {
+        let (peer_name, how) = (peer_name.to_owned(), how.to_owned());
+        self.0.add(Row { name, unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
     }
 }
 
 /// A file system with a program, once for each monitor.
-fn make_store(tools: &Tools, images: &[PathBuf; 2]) -> Result<()> {
+fn make_store(tools: &Tools, images: &[PathBuf]) -> Result<()> {
     let tree = tools.work.join("store");
     // The loader makes the folders that it wants where there are none.
     for folder in ["bin", "dev/pts", "guest", "proc", "run", "sys", "tmp"] {
         std::fs::create_dir_all(tree.join(folder))?;
     }
     std::fs::copy("/bin/busybox", tree.join("bin/busybox")).context("busybox-static is missing")?;
+    let loader = tree.join("loader");
+    std::fs::write(&loader, LOADER_SCRIPT)?;
+    std::fs::set_permissions(&loader, std::fs::Permissions::from_mode(0o755))?;
     for image in images {
         let mut command = Command::new("mke2fs");
         said(command.args(["-q", "-F", "-t", "ext4", "-d"]).args([&tree, image]).arg("32M"))?;
@@ -173,9 +214,9 @@ fn make_store(tools: &Tools, images: &[PathBuf; 2]) -> Result<()> {
     Ok(())
 }
 
-fn booted<'a>(tools: &'a Tools, spec: &Spec) -> Result<Guest<'a>> {
-    progress(&format!("booting {}", spec.monitor.name()));
-    let mut guest = Guest::start(tools, spec)?;
+fn booted<'a>(tools: &'a Tools, spec: &Spec, who: &str) -> Result<Guest<'a>> {
+    progress(&format!("booting {}: {who}", spec.monitor.name()));
+    let mut guest = Guest::start_as(tools, spec, format!("bench-{who}"))?;
     guest.wait_ready()?;
     Ok(guest)
 }

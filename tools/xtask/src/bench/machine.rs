@@ -132,6 +132,7 @@ pub struct Tools {
     qemu: PathBuf,
     /// Debian also builds a QEMU with this machine alone, which starts faster.
     microvm: PathBuf,
+    gdb: PathBuf,
     data: Vec<PathBuf>,
     kernels: PathBuf,
     initrd: PathBuf,
@@ -140,7 +141,7 @@ pub struct Tools {
 
 impl Tools {
     /// Gathers them. In the testbed all is copied into memory, since its folders are slow, each in its own way.
-    pub fn new(qemu: &Path, data: &[PathBuf]) -> Result<Self> {
+    pub fn new(qemu: &Path, data: &[PathBuf], gdb: &Path) -> Result<Self> {
         let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).with_context(|| format!("no {name}"));
         let work = std::env::temp_dir().join(format!("civic-bench-{}", std::process::id()));
         cache::remove(&work)?;
@@ -158,6 +159,7 @@ impl Tools {
             civic: variable("CIVIC_BIN_DIR")?.join("civic"),
             qemu: qemu.to_owned(),
             microvm: if small.exists() { small } else { qemu.to_owned() },
+            gdb: gdb.to_owned(),
             data: data.to_vec(),
             kernels,
             initrd,
@@ -175,7 +177,7 @@ impl Tools {
         let to = self.work.join("lib");
         fs::create_dir_all(&to)?;
         let [vmm, pager] = ["civic-vmm", "civic-pager"].map(|name| self.civic.with_file_name(name));
-        for program in [&self.civic, &vmm, &pager, &self.qemu, &self.microvm] {
+        for program in [&self.civic, &vmm, &pager, &self.qemu, &self.microvm, &self.gdb] {
             let out = said(Command::new("ldd").arg(program))?;
             for library in out.split_whitespace().filter(|w| w.starts_with('/') && !w.contains("/ld-linux")) {
                 fs::copy(library, to.join(Path::new(library).file_name().context("a library without name")?))?;
@@ -192,6 +194,7 @@ impl Tools {
         copy(&pager, "civic-pager")?;
         let (civic, qemu, microvm) =
             (copy(&self.civic, "civic")?, copy(&self.qemu, "qemu")?, copy(&self.microvm, "microvm")?);
+        self.gdb = copy(&self.gdb, "gdb")?;
         let kernels = self.work.join("kernels");
         fs::create_dir_all(&kernels)?;
         for image in [Image::BzImage, Image::Vmlinux] {
@@ -251,6 +254,11 @@ impl Tools {
         }
         let text = String::from_utf8_lossy(&out.stderr).into_owned();
         Ok(Some(text.lines().filter(|l| !l.trim().is_empty()).collect::<Vec<_>>().join("; ")))
+    }
+
+    /// `gdb`
+    pub fn gdb(&self) -> Command {
+        self.program(&self.gdb)
     }
 
     /// `qemu --version`
@@ -375,6 +383,7 @@ mod tests {
             civic: "/c".into(),
             qemu: "/q".into(),
             microvm: "/m".into(),
+            gdb: "/g".into(),
             data: vec!["/d".into()],
             kernels: "/k".into(),
             initrd: "/i".into(),

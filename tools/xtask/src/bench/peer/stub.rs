@@ -16,14 +16,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// What [`Rsp::stop`] sends, outside of packets.
+/// What [`Stub::stop`] sends, outside of packets.
 const INTERRUPT: u8 = 3;
 const NO_ACKS: &str = "QStartNoAckMode";
 /// Bytes of memory in a packet: twice as many digits, and QEMU's packets are of 4 KiB.
 const PIECE: usize = 1024;
 
 /// A connection to one QEMU.
-pub struct Rsp {
+pub struct Stub {
     stream: UnixStream,
     /// What was read and is no whole packet yet.
     bytes: Vec<u8>,
@@ -31,7 +31,7 @@ pub struct Rsp {
     limit: Duration,
 }
 
-impl Rsp {
+impl Stub {
     /// Connects; from then on each answer may take as long as `limit`.
     pub fn connect(socket: &Path, limit: Duration) -> Result<Self> {
         let stream = UnixStream::connect(socket).with_context(|| format!("no stub at {}", socket.display()))?;
@@ -163,8 +163,8 @@ mod tests {
     use std::thread::JoinHandle;
 
     /// A stub that says these things, each after it was sent something; what it was sent.
-    fn stub(name: &str, answers: &'static [&'static str]) -> (Result<Rsp>, JoinHandle<Vec<String>>) {
-        let path = std::env::temp_dir().join(format!("xtask-rsp-{name}-{}", std::process::id()));
+    fn stub(name: &str, answers: &'static [&'static str]) -> (Result<Stub>, JoinHandle<Vec<String>>) {
+        let path = std::env::temp_dir().join(format!("xtask-stub-{name}-{}", std::process::id()));
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
         let heard = std::thread::spawn(move || {
@@ -182,14 +182,14 @@ mod tests {
             }
             heard
         });
-        let connected = Rsp::connect(&path, Duration::from_secs(5));
+        let connected = Stub::connect(&path, Duration::from_secs(5));
         std::fs::remove_file(&path).unwrap();
         (connected, heard)
     }
 
     #[test]
     fn memory_is_read_and_written() {
-        let (rsp, heard) = stub(
+        let (connected, heard) = stub(
             "memory",
             &[
                 "+$QStartNoAckMode+;PacketSize=1000#07",
@@ -200,11 +200,11 @@ mod tests {
                 "$T02thread:01;#04",
             ],
         );
-        let mut rsp = rsp.unwrap();
-        assert_eq!(rsp.read(0x100_0000, 3).unwrap(), [0, 0xff, 0x10]);
-        rsp.write(0x20, &[0xe9, 1]).unwrap();
-        rsp.stop().unwrap();
-        drop(rsp);
+        let mut stub = connected.unwrap();
+        assert_eq!(stub.read(0x100_0000, 3).unwrap(), [0, 0xff, 0x10]);
+        stub.write(0x20, &[0xe9, 1]).unwrap();
+        stub.stop().unwrap();
+        drop(stub);
         let heard = heard.join().unwrap();
         assert_eq!(heard[0], "$qSupported#37");
         assert_eq!(heard[1..3], ["+$QStartNoAckMode#b0", "+$Qqemu.PhyMemMode:1#77"]);
