@@ -6,6 +6,7 @@
 //!                                                  ├── io               disks, network, vsock
 //!                                                  ├── hotplug          a device until the guest uses it, beside device_add
 //!                                                  ├── inject           a program started from outside, beside the CIVIC paper's way
+//!                                                  ├── inspect          the whole of it: fork, devices, program; beside the CIVIC paper's pipeline
 //!                                                  └── fork             forks beside QEMU's background-snapshot
 //!                                   ├► tests/benches/fork              bare-metal guests, forked; beside fork(2) and a copy
 //!                                   └► tests/benches/fork --load       Debian under load, forked
@@ -28,6 +29,7 @@ mod guest;
 mod hotplug;
 mod images;
 mod inject;
+mod inspect;
 mod io;
 mod machine;
 mod memory;
@@ -37,6 +39,7 @@ mod qmp;
 mod report;
 mod stats;
 mod stillness;
+mod store;
 mod vsock;
 
 use std::fs;
@@ -54,8 +57,8 @@ use clock::{Clock, Ticker};
 use machine::Tools;
 use report::Report;
 
-/// What only benches need of the system: `qemu-img` makes their qcow2 images; the libraries of GDB.
-const PACKAGES: [&str; 2] = ["qemu-utils", "gdb"];
+/// What only benches need of the system: `qemu-img` makes their qcow2 images; the libraries of GDB; what looks around in forks.
+const PACKAGES: [&str; 5] = ["qemu-utils", "gdb", "procps", "lsof", "iproute2"];
 /// The parts of the bench of forks.
 const FORK_PARTS: [&str; 3] = ["bare", "qemu", "load"];
 /// Seconds that a bench may take.
@@ -75,7 +78,9 @@ pub enum What {
     Hotplug,
     /// A program that is started in a fork from outside, until it runs.
     Inject,
-    /// `boot`, `io`, `hotplug` and `inject`.
+    /// The whole of it: from the call until a program's first line, in a fork of a Debian under load, with a store and a network card.
+    Inspect,
+    /// `boot`, `io`, `hotplug`, `inject` and `inspect`.
     All,
 }
 
@@ -104,7 +109,7 @@ pub struct Choice {
     /// `load`. May be given several times.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Rounds of each of `io`'s rows, of forks beside QEMU's snapshots, of devices plugged in and of programs started.
+    /// Rounds of each of `io`'s rows, of forks beside QEMU's snapshots, of devices plugged in, of programs started and of looks into forks.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: Option<u16>,
     /// Seconds of each run of them.
@@ -223,7 +228,7 @@ impl Parts<'_> {
             host.extend(qemu.data.iter().map(|d| format!("--qemu-data={}", d.display())));
             host.push(format!("--gdb={}", gdb.display()));
             let myself = std::env::current_exe()?;
-            let root_image = matches!(args.what, What::Io | What::All);
+            let root_image = matches!(args.what, What::Io | What::Inspect | What::All);
             Job { program: &myself, args: &host, root_image, timeout: TIMEOUT }.run(place)
         })
     }
@@ -279,6 +284,9 @@ pub fn host(args: &HostArgs) -> Result<bool> {
     }
     if matches!(args.what, What::Inject | What::All) {
         inject::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;
+    }
+    if matches!(args.what, What::Inspect | What::All) {
+        inspect::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;
     }
     if args.what == What::Fork {
         fork::run(&tools, &clock, args.quick, args.choice.rounds, &mut report)?;

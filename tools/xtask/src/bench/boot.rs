@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 
 use super::clock::Clock;
 use super::guest::{BOOT, Guest, USER_SPACE};
-use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, line};
+use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Userland, line};
 use super::net::Tap;
 use super::report::{Kind, Promise, Report, Row};
 use super::stats::Samples;
@@ -50,6 +50,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, report: &mut Report) -> Re
         let spec = |monitor, image| Spec {
             monitor,
             image,
+            userland: Userland::Bench,
             cpus,
             memory_mib: MEMORY_MIB,
             cmdline: String::new(),

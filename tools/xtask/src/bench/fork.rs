@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use super::clock::Clock;
 use super::guest::Guest;
-use super::machine::{Image, Monitor, Spec, Tools, line};
+use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::peer::clone::{Sockets, Source, listens};
 use super::progress;
 use super::report::{Kind, Promise, Report, Row};
@@ -87,6 +87,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     let spec = |monitor, more: &[String]| Spec {
         monitor,
         image: Image::BzImage,
+        userland: Userland::Bench,
         cpus: CPUS,
         memory_mib: MEMORY_MIB,
         cmdline: "civic.bench=fork".to_owned(),

@@ -29,6 +29,10 @@ pub const USER_SPACE: &str = "CIVIC-BENCH-USERSPACE";
 /// Printed when the guest takes commands.
 const READY: &str = "CIVIC-BENCH-READY";
 
+/// What `resources/bench/init` does, for a shell. The quotes keep its echo from looking as if it were done.
+const SHELL: &str = "stty -echo cols 4000; dmesg -n 1; echo CIVIC-BENCH-'READY'; while read -r number line; do \
+    echo \"CIVIC-BENCH-BEGIN $number\"; eval \"$line\"; echo \"CIVIC-BENCH-END $number $?\"; done\n";
+
 /// A running guest; its monitor ends when this is dropped.
 pub struct Guest<'a> {
     tools: &'a Tools,
@@ -125,6 +129,13 @@ impl<'a> Guest<'a> {
     /// Waits until the guest takes commands.
     pub fn wait_ready(&mut self) -> Result<()> {
         self.wait(READY, BOOT).map(drop)
+    }
+
+    /// Has the shell of somebody who is logged in on the console take commands as well, after its prompt.
+    pub fn take_shell(&mut self, prompt: &str, limit: Duration) -> Result<()> {
+        self.wait(prompt, limit)?;
+        self.input.write_all(SHELL.as_bytes()).context("the monitor takes no input")?;
+        self.wait_ready()
     }
 
     /// Runs a line of shell in the guest; returns what it prints. Fails unless its status is 0.

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::clock::Clock;
 use super::guest::Guest;
-use super::machine::{Image, Monitor, Spec, Tools, line};
+use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::net::Tap;
 use super::progress;
 use super::qmp::Qmp;
@@ -196,6 +196,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     let spec = |monitor, more: Vec<String>| Spec {
         monitor,
         image: Image::BzImage,
+        userland: Userland::Bench,
         cpus: CPUS,
         memory_mib: MEMORY_MIB,
         cmdline: "civic.bench=hotplug".to_owned(),

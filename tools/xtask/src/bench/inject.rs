@@ -26,9 +26,7 @@
 mod bare;
 mod paper;
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -38,12 +36,13 @@ use serde_json::{Value, json};
 use super::clock::Clock;
 use super::guest::{Guest, said};
 use super::io::complaints;
-use super::machine::{Image, Monitor, Spec, Tools, line};
+use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::peer::clone::{Sockets, listens};
 use super::peer::root_port;
 use super::progress;
 use super::report::{Kind, Promise, Report, Row};
 use super::stats::Samples;
+use super::store;
 use bare::Bare;
 use paper::Paper;
 
@@ -97,11 +96,12 @@ struct Run {
 pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, report: &mut Report) -> Result<()> {
     let rounds = rounds.map_or(if quick { 5 } else { 30 }, usize::from);
     let stores = ["civic", "paper", "bare"].map(|who| tools.work.join(format!("store-{who}.img")));
-    make_store(tools, &stores)?;
-    let [store, papers_store, bare_store] = stores;
+    store::make(tools, &[], &[("loader", LOADER_SCRIPT)], &stores)?;
+    let [civics_store, papers_store, bare_store] = stores;
     let spec = |monitor, cmdline: &str, more: Vec<String>| Spec {
         monitor,
         image: Image::BzImage,
+        userland: Userland::Bench,
         cpus: CPUS,
         memory_mib: MEMORY_MIB,
         cmdline: cmdline.to_owned(),
@@ -123,7 +123,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     for (name, spec) in [("civic", &ours), ("qemu, source", &papers), (SECOND, &second), (BARE, &bares)] {
         report.command(name, line(&tools.command(spec, "NAME")));
     }
-    let mut civic = Civic::new(tools, booted(tools, &ours, "civic")?, store)?;
+    let mut civic = Civic::new(tools, booted(tools, &ours, "civic")?, civics_store)?;
     let guest = booted(tools, &papers, "source")?;
     let Listening { control, stub } = source;
     let mut paper = Paper::new(tools, paper::Parts { guest, control, stub, second, sockets, store: papers_store })?;
@@ -194,24 +194,6 @@ impl Table<'_> {
         let (peer_name, how) = (peer_name.to_owned(), how.to_owned());
         self.0.add(Row { name, unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
     }
-}
-
-/// A file system with a program, once for each monitor.
-fn make_store(tools: &Tools, images: &[PathBuf]) -> Result<()> {
-    let tree = tools.work.join("store");
-    // The loader makes the folders that it wants where there are none.
-    for folder in ["bin", "dev/pts", "guest", "proc", "run", "sys", "tmp"] {
-        std::fs::create_dir_all(tree.join(folder))?;
-    }
-    std::fs::copy("/bin/busybox", tree.join("bin/busybox")).context("busybox-static is missing")?;
-    let loader = tree.join("loader");
-    std::fs::write(&loader, LOADER_SCRIPT)?;
-    std::fs::set_permissions(&loader, std::fs::Permissions::from_mode(0o755))?;
-    for image in images {
-        let mut command = Command::new("mke2fs");
-        said(command.args(["-q", "-F", "-t", "ext4", "-d"]).args([&tree, image]).arg("32M"))?;
-    }
-    Ok(())
 }
 
 fn booted<'a>(tools: &'a Tools, spec: &Spec, who: &str) -> Result<Guest<'a>> {

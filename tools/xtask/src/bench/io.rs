@@ -17,7 +17,7 @@ use super::clock::Clock;
 use super::fio::{self, JOBS, Job};
 use super::guest::Guest;
 use super::images::Images;
-use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Vsock, line};
+use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Userland, Vsock, line};
 use super::net::{self, Tap, Way};
 use super::report::{Kind, Promise, Report, Row};
 use super::stats::Samples;
@@ -88,6 +88,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &
     let spec = |monitor, disks, taps: &[(&Tap, bool)], vsock: Option<&Vsock>| Spec {
         monitor,
         image: Image::BzImage,
+        userland: Userland::Bench,
         cpus: choice.cpus,
         memory_mib: MEMORY_MIB,
         cmdline: taps.iter().enumerate().fold("civic.bench=io".to_owned(), |c, (n, t)| c + " " + &t.0.cmdline(n)),

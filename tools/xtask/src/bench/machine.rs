@@ -66,6 +66,15 @@ impl Image {
     }
 }
 
+/// What runs on the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Userland {
+    /// `resources/bench/init`, in the tiny guest's initramfs.
+    Bench,
+    /// Debian with systemd, from the first disk and with Debian's own initrd.
+    Debian,
+}
+
 /// How QEMU does a disk's I/O. Civic has one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Aio {
@@ -112,6 +121,7 @@ pub enum Vsock {
 pub struct Spec {
     pub monitor: Monitor,
     pub image: Image,
+    pub userland: Userland,
     pub cpus: u8,
     pub memory_mib: u32,
     /// Added to what every guest gets.
@@ -135,6 +145,7 @@ pub struct Tools {
     gdb: PathBuf,
     data: Vec<PathBuf>,
     kernels: PathBuf,
+    debian_initrd: PathBuf,
     initrd: PathBuf,
     libraries: Option<PathBuf>,
 }
@@ -161,6 +172,7 @@ impl Tools {
             microvm: if small.exists() { small } else { qemu.to_owned() },
             gdb: gdb.to_owned(),
             data: data.to_vec(),
+            debian_initrd: kernels.join("initrd.img"),
             kernels,
             initrd,
             libraries: None,
@@ -178,9 +190,8 @@ impl Tools {
         fs::create_dir_all(&to)?;
         let [vmm, pager] = ["civic-vmm", "civic-pager"].map(|name| self.civic.with_file_name(name));
         for program in [&self.civic, &vmm, &pager, &self.qemu, &self.microvm, &self.gdb] {
-            let out = said(Command::new("ldd").arg(program))?;
-            for library in out.split_whitespace().filter(|w| w.starts_with('/') && !w.contains("/ld-linux")) {
-                fs::copy(library, to.join(Path::new(library).file_name().context("a library without name")?))?;
+            for library in libraries(program)?.iter().filter(|l| !l.to_string_lossy().contains("/ld-linux")) {
+                fs::copy(library, to.join(library.file_name().context("a library without name")?))?;
             }
         }
         self.libraries = Some(to);
@@ -276,11 +287,15 @@ impl Tools {
             Monitor::Microvm | Monitor::MicrovmQboot => self.program(&self.microvm),
         };
         // Debian's kernel would otherwise spend its time on printing.
-        let cmdline = format!("console=ttyS0 quiet panic=-1 rdinit=/bench/init {}", spec.cmdline);
+        let (initrd, starts) = match spec.userland {
+            Userland::Bench => (&self.initrd, "rdinit=/bench/init"),
+            Userland::Debian => (&self.debian_initrd, "root=/dev/vda rw net.ifnames=0"),
+        };
+        let cmdline = format!("console=ttyS0 quiet panic=-1 {starts} {}", spec.cmdline);
         let (kernel, cpus) = (self.kernels.join(spec.image.file()), spec.cpus.to_string());
         let memory = format!("{}M", spec.memory_mib);
         if spec.monitor == Monitor::Civic {
-            c.arg("--kernel").arg(kernel).arg("--initrd").arg(&self.initrd);
+            c.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
             c.args(["--cmdline", cmdline.trim_end(), "--memory", &memory, "--cpus", &cpus]);
             civic_devices(spec, &mut c);
         } else {
@@ -292,7 +307,7 @@ impl Tools {
             c.args(["-M", &format!("{machine},accel=kvm{hpet}"), "-cpu", "host"]);
             c.args(["-m", &memory, "-smp", &cpus]);
             c.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
-            c.arg("-kernel").arg(kernel).arg("-initrd").arg(&self.initrd).args(["-append", cmdline.trim_end()]);
+            c.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd).args(["-append", cmdline.trim_end()]);
             qemu_devices(spec, &mut c);
         }
         c.args(&spec.more);
@@ -358,6 +373,12 @@ fn qemu_devices(spec: &Spec, c: &mut Command) {
     }
 }
 
+/// The shared libraries that a program needs, with what loads them.
+pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let out = said(Command::new("ldd").arg(program))?;
+    Ok(out.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
 /// A command as one would type it.
 pub fn line(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -386,6 +407,7 @@ mod tests {
             gdb: "/g".into(),
             data: vec!["/d".into()],
             kernels: "/k".into(),
+            debian_initrd: "/k/initrd.img".into(),
             initrd: "/i".into(),
             libraries: None,
         };
@@ -393,6 +415,7 @@ mod tests {
         let spec = |monitor| Spec {
             monitor,
             image: Image::Vmlinux,
+            userland: Userland::Bench,
             cpus: 2,
             memory_mib: 512,
             cmdline: "x=y".into(),

@@ -3,7 +3,9 @@
 //! The proportional set size (`Pss`, `Documentation/filesystems/proc.rst`) of every mapping in `/proc/PID/smaps` but that of guest
 //! RAM: Civic's memfd by its name, QEMU's private memory by its size. A page shared with other processes counts by its share.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
 
@@ -25,6 +27,41 @@ pub fn of(pid: u32, ram: u64) -> Result<Memory> {
     let memory = parse(&text, ram)?;
     ensure!(memory.guest > 0, "process {pid} has no guest RAM");
     Ok(memory)
+}
+
+/// What all of these processes cost together, in bytes: their proportional set sizes, and what of their memfds nobody has mapped.
+pub fn of_all(pids: &[u32]) -> Result<u64> {
+    let (mut all, mut mapped, mut memfds) = (0, 0, BTreeMap::new());
+    for pid in pids {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("a monitor is gone")?;
+        let field = |name| rolled_up(&text, name).with_context(|| format!("no {name} in {text}"));
+        all += field("Pss:")?;
+        mapped += field("Pss_Shmem:")?;
+        for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+            let to = fs::read_link(entry.path()).unwrap_or_default();
+            if let (true, Ok(about)) = (to.to_string_lossy().starts_with("/memfd:"), fs::metadata(entry.path())) {
+                memfds.insert((about.dev(), about.ino()), about.blocks() * 512);
+            }
+        }
+    }
+    Ok(all + memfds.values().sum::<u64>().saturating_sub(mapped))
+}
+
+fn rolled_up(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
+/// The process whose command line begins with a program of this name and these arguments.
+pub fn process_with(name: &str, arguments: &[&str]) -> Option<u32> {
+    let is = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let mut words = line.split('\0');
+        words.next().is_some_and(|program| program.rsplit('/').next() == Some(name))
+            && arguments.iter().all(|argument| words.next() == Some(argument))
+    };
+    fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(is)
 }
 
 /// `smaps`: for each mapping a head `start-end perms offset dev inode   path` and lines `Name:   number kB`.
@@ -50,6 +87,8 @@ fn parse(smaps: &str, ram: u64) -> Result<Memory> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
+    use std::process::{Command, Stdio};
 
     #[test]
     fn guest_ram_does_not_count() {
@@ -59,6 +98,29 @@ mod tests {
                      7fb0-7fb9 rw-p 00000000 00:00 0 \nSize: 4096 kB\nPss: 1 kB\n";
         assert_eq!(parse(smaps, 4 << 20).unwrap(), Memory { own: 10 << 10, guest: 1025 << 10 });
         assert!(parse("7f-80 rw-p 0 0 0\nPss: x kB\n", 1).is_err());
+    }
+
+    #[test]
+    fn rollups() {
+        let text = "5581-7ffd ---p 00000000 00:00 0    [rollup]\nRss:    9 kB\nPss:            1024 kB\nPss_Shmem:         3 kB\n";
+        assert_eq!((rolled_up(text, "Pss:"), rolled_up(text, "Pss_Shmem:")), (Some(1 << 20), Some(3 << 10)));
+        assert_eq!((rolled_up(text, "Swap:"), rolled_up("Pss: x kB", "Pss:")), (None, None));
+        assert!(of_all(&[std::process::id()]).unwrap() > 0);
+    }
+
+    #[test]
+    fn processes_are_known_by_their_command_line() {
+        let own = format!("of-{}", std::process::id());
+        let mut command = Command::new("cat");
+        let mut child = command.args(["-", &own]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // It has a command line of its own when it says something.
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        let found = process_with("cat", &["-", &own]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found, Some(child.id()));
+        assert_eq!(process_with("cat", &["-", "of-nobody"]), None);
     }
 
     #[test]

@@ -53,6 +53,11 @@ impl Tap {
         Ok(tap)
     }
 
+    /// The host's address.
+    pub fn host(&self) -> String {
+        self.guest.trim_end_matches('2').to_owned() + "1"
+    }
+
     /// What tells the guest (`resources/bench/init`) that this is its card `n`.
     pub fn cmdline(&self, n: usize) -> String {
         format!("civic.ip.eth{n}={}/24", self.guest)

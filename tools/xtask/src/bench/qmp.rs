@@ -36,7 +36,7 @@ impl Qmp {
                 Ok(stream) => break stream,
                 Err(e) => ensure!(Instant::now() < deadline, "nobody listens at {}: {e}", socket.display()),
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(2));
         };
         let lines = BufReader::new(stream.try_clone()?);
         let mut this = Self { stream, lines, events: VecDeque::new() };
