@@ -252,7 +252,7 @@ async fn run(
                     }
                 }
             },
-            () = signals.next() => break true,
+            _ = signals.next() => break true,
         }
     };
     if interrupted {
