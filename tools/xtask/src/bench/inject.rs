@@ -215,11 +215,9 @@ struct Civic<'a> {
 impl<'a> Civic<'a> {
     /// Looks at a guest that is up, and has it stand still.
     fn new(tools: &'a Tools, mut source: Guest<'a>, store: PathBuf) -> Result<Self> {
-        let rate = source.run(RATE, PATIENCE)?;
-        let mhz: f64 =
-            rate.trim().parse().with_context(|| format!("the guest tells no rate of its counter: {rate}"))?;
+        let ticks = ticks(&mut source)?;
         source.ask("POST", "/v1/pause", &Value::Null)?;
-        Ok(Self { tools, source, store, ticks: mhz * 1e3 })
+        Ok(Self { tools, source, store, ticks })
     }
 
     /// Has a fork start programs: with the store just plugged in, and then once more.
@@ -261,6 +259,13 @@ impl<'a> Civic<'a> {
         stages.iter_mut().for_each(|(_, ms)| *ms /= stretch);
         Ok(Run { took: (spoke - call).as_secs_f64() * 1e3 / stretch, stages })
     }
+}
+
+/// How many ticks of a guest's time stamp counter are a millisecond.
+pub fn ticks(guest: &mut Guest) -> Result<f64> {
+    let rate = guest.run(RATE, PATIENCE)?;
+    let mhz: f64 = rate.trim().parse().with_context(|| format!("the guest tells no rate of its counter: {rate}"))?;
+    Ok(mhz * 1e3)
 }
 
 /// Prints the rate of the time stamp counter in MHz.

@@ -136,7 +136,7 @@ fn of_memory(
     let disk = ["--disk".to_owned(), format!("path={},overlay", root.display())];
     let ours_spec = Spec { more: disk.to_vec(), ..spec(Monitor::Civic, ours, "") };
     report.command("civic", line(&tools.command(&ours_spec, "NAME")));
-    let mut civic = Civic::new(tools, up(tools, &ours_spec, ours)?, ours, store, plugged);
+    let mut civic = Civic::new(tools, up(tools, &ours_spec, ours)?, ours, store, plugged)?;
     civic.halt()?;
     let peers_spec = spec(Monitor::Q35, peers, " nokaslr");
     let mut paper = Paper::new(tools, peers_spec, &root, papers_store.clone(), [peers, clones, plugged], report)?;
