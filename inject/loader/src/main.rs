@@ -148,7 +148,11 @@ fn serve<'a>(
     }
     reached(link, Stage::Mounted)?;
     if !launch.tidy_up {
-        return attend(link, stdin, launch, report, frozen, proc.as_ref());
+        let exit = attend(link, stdin, launch, report, frozen, proc.as_ref());
+        if matches!(launch.root, Root::Store(_)) {
+            tidy::sync_store(link)?;
+        }
+        return exit;
     }
     tidy::adopt();
     let exit = attend(link, stdin, launch, report, frozen, proc.as_ref());

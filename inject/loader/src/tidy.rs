@@ -10,7 +10,7 @@
 
 use civic_loader::FromGuest;
 use rustix::fd::OwnedFd;
-use rustix::fs::{CWD, FileType, Mode, OFlags, fsync, mknodat, open, stat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fsync, mknodat, open, stat, syncfs};
 use rustix::io::{Errno, Result};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{
@@ -65,6 +65,15 @@ fn parent(stat: &[u8]) -> Option<Pid> {
     let name_end = stat.iter().rposition(|byte| *byte == b')')?;
     let mut fields = stat[name_end + 1..].split(|byte| *byte == b' ').filter(|field| !field.is_empty());
     str::from_utf8(fields.nth(1)?).ok()?.parse().ok().and_then(Pid::from_raw)
+}
+
+/// Has what the program has written to the store, which is the root, on its disk: whoever ends the guest then loses nothing of it.
+pub fn sync_store(link: &mut Link<'_>) -> core::result::Result<(), Lost> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    match open(c"/", flags, Mode::empty()).and_then(syncfs) {
+        Ok(()) => Ok(()),
+        Err(_) => link.tell(FromGuest::Warning("not all that was written to the store is on its disk")),
+    }
 }
 
 /// Unmounts the store, which is the root, and waits until all of it is on its disk.

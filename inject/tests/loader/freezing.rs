@@ -14,7 +14,7 @@ const STATE: &str = "state() { sed -n 's/^State:.\\(.\\).*/\\1/p' /proc/2/status
 fn all_processes_stop_and_go_on() {
     let mut guest = Guest::start("sleep 1000 &");
     let mut heard = Heard::default();
-    guest.launch(&["sh", "-c", &format!("{STATE}; state; while [ $(state) = T ]; do :; done; state")], |launch| {
+    guest.launch(&["sh", "-c", &format!("{STATE}; state; until [ $(state) = S ]; do :; done; state")], |launch| {
         launch.freeze = Freeze::Stop;
     });
     guest.hear_until(&mut heard, |heard| heard.stdout == b"T\n");
