@@ -72,7 +72,7 @@ impl Birth {
         }
         // Asked again: one that was about to go when nobody waited yet is gone, and from now on it stays.
         if !self.info().await?.family.page_server {
-            start_page_server(&self.dir, &self.source)?;
+            self.page_server = Some(start_page_server(&self.dir, &self.source)?);
         }
         Ok(())
     }
@@ -91,9 +91,9 @@ impl Birth {
     /// Ends all of them; returns when they have ended.
     pub async fn give_up(&mut self) {
         self.starting.shutdown().await;
-        let waited = self.monitors.drain(..).flatten().count() > 0;
-        // It goes by itself when all have gone who waited. One for which nobody came would wait for a minute.
-        let Some(mut server) = self.page_server.take().filter(|_| !waited) else { return };
+        self.monitors.clear();
+        // It goes by itself when all have gone who waited, but one that comes only then would wait for others, for a minute.
+        let Some(mut server) = self.page_server.take() else { return };
         if let Ok(Ok(info)) = tokio::time::timeout(SOON, self.client.info()).await
             && info.family.waiting.is_empty()
             && info.family.children.is_empty()

@@ -28,7 +28,13 @@ pub async fn fork(dir: &RunDir, args: ForkArgs) -> anyhow::Result<()> {
         birth.give_up().await;
         return Err(error);
     }
-    let report = birth.fork(args.paused).await?;
+    let report = match birth.fork(args.paused).await {
+        Ok(report) => report,
+        Err(error) => {
+            birth.give_up().await;
+            return Err(error);
+        }
+    };
     for (name, monitor) in names.iter().zip(birth.monitors()) {
         if report.children.iter().any(|child| child.name == *name)
             && let Some(monitor) = monitor
