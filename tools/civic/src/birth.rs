@@ -9,12 +9,12 @@
 //! The source starts nothing: its children's monitors and its page server are started here.
 
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use civic_api::client::Client;
+use civic_api::client::{Client, ClientError};
 use civic_api::launch::{ForkConfig, LaunchRequest};
-use civic_api::{DiskConfig, ForkReport, ForkRequest, NewDevice, VmInfo};
+use civic_api::{DiskConfig, ErrorCode, ForkReport, ForkRequest, NewDevice, VmInfo};
 use tokio::task::JoinSet;
 
 use crate::cli::{ChildArgs, absolute};
@@ -24,6 +24,11 @@ use crate::rundir::RunDir;
 
 /// How long a source may take to say whose its page server is.
 const SOON: Duration = Duration::from_secs(1);
+
+/// How long others' forks may take, one after the other.
+const OTHERS: Duration = Duration::from_secs(20);
+/// Between two questions whether they are made.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// Children of a fork that is to be made. Until they are taken out, whatever goes wrong ends their monitors.
 pub struct Birth {
@@ -77,10 +82,18 @@ impl Birth {
         Ok(())
     }
 
-    /// Makes the fork.
+    /// Makes the fork; once the one is made that the source may be at for somebody else.
     pub async fn fork(&self, paused: bool) -> anyhow::Result<ForkReport> {
         let request = ForkRequest { children: self.names.clone(), paused };
-        self.client.fork(&request).await.map_err(|error| explain(&self.dir, &self.source, error))
+        let deadline = Instant::now() + OTHERS;
+        loop {
+            let forked = self.client.fork(&request).await;
+            let busy = |error: &ClientError| error.refusal().is_some_and(|body| body.code == ErrorCode::Busy);
+            if Instant::now() >= deadline || !forked.as_ref().is_err_and(busy) {
+                return forked.map_err(|error| explain(&self.dir, &self.source, error));
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
     }
 
     /// The monitors, in the order of the names, as far as there are any.
