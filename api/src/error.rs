@@ -46,6 +46,8 @@ pub enum ErrorCode {
     KvmUnavailable,
     /// KVM is there but this host's KVM cannot run stock kernels.
     KvmCannotRunLinux,
+    /// The host cannot have the jail that was asked for.
+    JailUnavailable,
     /// The host has not the memory.
     OutOfMemory,
     /// The request is larger than the server takes.
@@ -78,7 +80,7 @@ impl ErrorCode {
             | Self::SocketUnavailable
             | Self::TapUnavailable => 422,
             Self::Internal => 500,
-            Self::Busy | Self::KvmUnavailable | Self::KvmCannotRunLinux => 503,
+            Self::Busy | Self::KvmUnavailable | Self::KvmCannotRunLinux | Self::JailUnavailable => 503,
             Self::OutOfMemory => 507,
         }
     }

@@ -11,7 +11,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("civic-fork", &[]),
     ("civic-guest", &[]),
     ("civic-inject", &["civic-guest", "civic-loader"]),
-    ("civic-jailer", &[]),
+    ("civic-jailer", &["civic-api"]),
     ("civic-loader", &[]),
     ("civic-vmm", &["civic-api", "civic-devices", "civic-fork", "civic-guest", "civic-inject"]),
     // What builds and tests the product; nothing depends on these but each other.
