@@ -4,6 +4,8 @@
 //! that does not answer within [`REPLY_TIMEOUT`] is an error.
 
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -252,7 +254,7 @@ impl Client {
         request: hyper::http::request::Builder,
         body: Bytes,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|source| match source.kind() {
+        let stream = connect(&self.socket).await.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 ClientError::NotRunning { socket: self.socket.clone(), source }
             }
@@ -296,4 +298,11 @@ fn refusal(status: StatusCode, body: &[u8]) -> ClientError {
 
 fn text(body: Bytes) -> Result<String, ClientError> {
     String::from_utf8(body.into()).map_err(|error| ClientError::Protocol(error.to_string()))
+}
+
+/// Connects to the socket that is at `path` itself. A link there is not followed: who a VM's folder belongs to might have it lead to another
+/// VM's, which this process may use and that user may not.
+async fn connect(path: &Path) -> io::Result<UnixStream> {
+    let found = std::fs::File::options().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
+    UnixStream::connect(format!("/proc/self/fd/{}", found.as_raw_fd())).await
 }

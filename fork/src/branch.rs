@@ -238,13 +238,13 @@ impl PageService for Branch {
     fn adopt(
         &self,
         child: ChildId,
-        link: &Wire,
+        process: &Arc<Process>,
         uffd: &Userfault,
         mappings: Mappings,
         lifeline: &Wire,
     ) -> Result<(), SourceError> {
-        let process = Process::of(link).map_err(SourceError::Child)?;
-        match self.ask(&Request::Adopt { child, mappings }, &[uffd.as_fd(), lifeline.as_fd(), process.as_fd()])? {
+        let fds: Vec<_> = [uffd.as_fd(), lifeline.as_fd()].into_iter().chain(process.fds()).collect();
+        match self.ask(&Request::Adopt { child, mappings }, &fds)? {
             Response::Done => Ok(()),
             other => Err(refusal(other)),
         }

@@ -12,12 +12,14 @@ const USAGE: &str = "\
 civic-pager: keeps for a VM's forks what the VM overwrites
 
 usage: civic-pager DIRECTORY
+       civic-pager --introduced
 
-DIRECTORY is the VM's own, with its fork.sock. Started by 'civic fork'; ends with the last fork.";
+DIRECTORY is the VM's own, with its fork.sock. In a jail the jailer has connected already, and left the
+connection as descriptor 3. Started by 'civic fork'; ends with the last fork.";
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    let dir = match (args.next(), args.next()) {
+    let wire = match (args.next(), args.next()) {
         (Some(arg), None) if arg == "--help" || arg == "-h" => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -26,17 +28,22 @@ fn main() -> ExitCode {
             println!("civic-pager {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
-        (Some(dir), None) => PathBuf::from(dir),
+        (Some(arg), None) if arg == "--introduced" => {
+            Wire::inherited().map_err(|e| format!("descriptor 3 is no connection to a VM: {e}"))
+        }
+        (Some(dir), None) => {
+            let path = socket(&PathBuf::from(dir));
+            Wire::connect(&path).map_err(|e| format!("cannot connect to {}: {e}", path.display()))
+        }
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         }
     };
-    let path = socket(&dir);
-    let wire = match Wire::connect(&path) {
+    let wire = match wire {
         Ok(wire) => wire,
         Err(e) => {
-            eprintln!("civic-pager: cannot connect to {}: {e}", path.display());
+            eprintln!("civic-pager: {e}");
             return ExitCode::FAILURE;
         }
     };

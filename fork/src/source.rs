@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::MsgFlags;
 
 use crate::mappings::Mappings;
 use crate::pager::journal::Journal;
@@ -74,9 +75,6 @@ pub enum SourceError {
     /// Guest memory cannot be watched.
     #[error(transparent)]
     Uffd(#[from] UffdError),
-    /// Who waits to be a child has gone, or cannot be watched.
-    #[error("the child's process cannot be watched")]
-    Child(#[source] io::Error),
     /// The system refuses.
     #[error("cannot set up the page server")]
     System(#[from] io::Error),
@@ -93,12 +91,11 @@ pub enum Event {
 
 /// What a VM that is forked asks of its page server: its own, or the one that serves it as a child.
 pub trait PageService: Send + Sync {
-    /// Makes a process that waits one of its children. `link` leads to that process, `lifeline` is the page server's end of a pair of
-    /// which the child has the other.
+    /// Makes a process that waits one of its children. `lifeline` is the page server's end of a pair of which the child has the other.
     fn adopt(
         &self,
         child: ChildId,
-        link: &Wire,
+        process: &Arc<Process>,
         uffd: &Userfault,
         mappings: Mappings,
         lifeline: &Wire,
@@ -134,12 +131,27 @@ pub trait PageService: Send + Sync {
 
 /// A process that is watched by its pidfd.
 #[derive(Debug)]
-pub(crate) struct Process(OwnedFd);
+pub struct Process {
+    /// As whoever told of it counts; 0 if nobody did.
+    id: u32,
+    pidfd: OwnedFd,
+    /// By which its jailer is told to end it, where it is another user's, in a namespace of its own.
+    leash: Option<OwnedFd>,
+    /// It is only said, by somebody who may be hostile, that it is who it is.
+    hearsay: bool,
+}
 
 impl Process {
     /// The one at the other end of `wire`.
-    pub(crate) fn of(wire: &Wire) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// When it has ended, or is in a jail and was not introduced.
+    pub fn of(wire: &Wire) -> io::Result<Self> {
         let pid = wire.peer()?;
+        if pid == 0 {
+            let message = "it is in another namespace of processes: have the jailer start it, by 'civic fork'";
+            return Err(io::Error::other(message));
+        }
         let process = Self::open(pid)?;
         // Its number could have been another's in the meantime only if it had ended; then the connection is closed.
         if wire.hung_up() { Err(io::ErrorKind::NotConnected.into()) } else { Ok(process) }
@@ -150,38 +162,71 @@ impl Process {
         // SAFETY: the call takes its arguments by value and touches no memory of ours.
         let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         // SAFETY: the kernel has just made this descriptor for us; it is nobody else's, and fits an i32.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(Self { id: pid.unsigned_abs(), pidfd, leash: None, hearsay: false })
     }
 
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+    /// One that its jailer has introduced.
+    pub(crate) fn jailed(id: u32, pidfd: OwnedFd, leash: OwnedFd) -> Self {
+        Self { id, pidfd, leash: Some(leash), hearsay: false }
+    }
+
+    /// Its number, for people.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// What somebody else needs to watch it and to end it.
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        [self.pidfd.as_fd()].into_iter().chain(self.leash.iter().map(AsFd::as_fd)).collect()
     }
 
     #[allow(unsafe_code)]
     fn kill(&self) {
-        let fd = self.0.as_raw_fd();
+        if let Some(leash) = &self.leash {
+            // Its jailer has ended if nobody reads, and it with that. It may be no socket, or full, if somebody lies: nobody waits for it.
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let _ = nix::sys::socket::send(leash.as_raw_fd(), b"x", flags);
+            return;
+        }
+        let fd = self.pidfd.as_raw_fd();
         // SAFETY: the call takes its arguments by value, but for the null pointer that stands for "as kill(2) does". One that has
         // ended needs no killing.
         let _ = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, std::ptr::null::<u8>(), 0) };
     }
 
-    /// One of which another process says that it is a child: that is believed only of a process of the same user as one of `children`,
-    /// which whoever says it could have ended by itself.
-    fn of_another(pidfd: OwnedFd, children: &BTreeMap<ChildId, Self>) -> Option<Self> {
-        let process = Self(pidfd);
+    /// One of which another process says that it is a child, by its pidfd and its leash if it has one. Without a leash that is believed only
+    /// of a process of the same user as one of `children`, which whoever says it could have ended by itself. Who has one is never signalled
+    /// from here: all that a lie brings about is a byte to whoever is at the other end of what the liar had.
+    fn of_another(fds: Vec<OwnedFd>, children: &BTreeMap<ChildId, Arc<Self>>) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        let process = Self { id: 0, pidfd: fds.next()?, leash: fds.next(), hearsay: true };
+        if process.leash.is_some() {
+            // A descriptor of another kind would be waited for in vain.
+            return process.is_pidfd().then_some(process);
+        }
         let user = process.user()?;
         children.values().any(|child| child.user() == Some(user)).then_some(process)
     }
 
+    fn info(&self) -> Option<String> {
+        std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd())).ok()
+    }
+
+    fn is_pidfd(&self) -> bool {
+        self.info().is_some_and(|info| info.lines().any(|line| line.starts_with("Pid:")))
+    }
+
+    /// Its number, if it is to be seen from here.
     fn pid(&self) -> Option<u32> {
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
-        info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
+        let pid = self.info()?.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok();
+        pid.filter(|pid| *pid > 0)
     }
 
     /// What its threads are doing, as proc(5) has it: state, and where in the kernel they wait.
     fn doing(&self) -> String {
         let Some(tasks) = self.pid().and_then(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).ok()) else {
-            return "has ended".into();
+            return if self.leash.is_some() { "are in a jail".into() } else { "have ended".into() };
         };
         let task = |task: std::path::PathBuf| {
             let stat = std::fs::read_to_string(task.join("stat")).ok()?;
@@ -206,7 +251,7 @@ impl Process {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
+            match poll(&mut [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)], timeout) {
                 Ok(0) => return false,
                 Ok(_) => return true,
                 Err(Errno::EINTR) => (),
@@ -227,9 +272,9 @@ struct Inner {
     /// Who waits for the answer to the last request.
     waiting: Option<Sender<Response>>,
     /// Those that wait.
-    adopted: BTreeMap<ChildId, Process>,
+    adopted: BTreeMap<ChildId, Arc<Process>>,
     /// Those that share memory.
-    children: BTreeMap<ChildId, Process>,
+    children: BTreeMap<ChildId, Arc<Process>>,
     /// Why there is no page server any more.
     ended: Option<String>,
     /// The memory is not the source's any more.
@@ -272,13 +317,14 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Has the process at the other end of `wire` serve `ram`, with a store of at most `limit` pages. `needed` is what the last
+    /// Has `process`, at the other end of `wire`, serve `ram`, with a store of at most `limit` pages. `needed` is what the last
     /// [`Notice::Idle`] said; `patience` how long it may stand still: [`PATIENCE`], mostly. `event` is called by the watchdog's thread and must not wait for a request to this.
     ///
     /// # Errors
     /// When the kernel has no userfaultfd for us, or the other end is no page server.
     pub fn begin(
         wire: Wire,
+        process: Process,
         ram: Arc<Ram>,
         limit: u32,
         needed: Vec<(u32, u32)>,
@@ -289,7 +335,6 @@ impl PageServer {
         let memfd = |name| memfd_create(name, MFdFlags::MFD_CLOEXEC).map(File::from).map_err(io::Error::from);
         let (store, log) = (memfd(c"civic-store")?, memfd(c"civic-journal")?);
         let journal = Journal::new(&log)?;
-        let process = Process::of(&wire)?;
         let begin = Request::Begin { mappings: ram.mappings().clone(), limit, needed };
         wire.send(&begin, &[uffd.as_fd(), ram.memfd().as_fd(), store.as_fd(), log.as_fd()])?;
         match wire.receive(ANSWER)?.0 {
@@ -350,19 +395,18 @@ impl PageService for PageServer {
     fn adopt(
         &self,
         child: ChildId,
-        link: &Wire,
+        process: &Arc<Process>,
         uffd: &Userfault,
         mappings: Mappings,
         lifeline: &Wire,
     ) -> Result<(), SourceError> {
-        let process = Process::of(link).map_err(SourceError::Child)?;
         let adopt = Request::Adopt { child, mappings };
         let done = match self.ask(&adopt, &[uffd.as_fd(), lifeline.as_fd()], ANSWER)? {
             Response::Done => Ok(()),
             other => Err(refusal(other)),
         };
         if done.is_ok() {
-            self.shared.inner().adopted.insert(child, process);
+            self.shared.inner().adopted.insert(child, Arc::clone(process));
         }
         done
     }
@@ -501,10 +545,9 @@ impl<F: FnMut(Event)> Watchdog<F> {
             match self.shared.wire.receive::<Response>(PULSE) {
                 Ok((Response::Notice(Notice::Descendant(child)), fds)) => {
                     let mut inner = self.shared.inner();
-                    let process = fds.into_iter().next().and_then(|fd| Process::of_another(fd, &inner.children));
-                    match process {
+                    match Process::of_another(fds, &inner.children) {
                         // As one that has pages: whether it still waits is its parent's to know, which would end with it.
-                        Some(process) => drop(inner.children.insert(child, process)),
+                        Some(process) => drop(inner.children.insert(child, Arc::new(process))),
                         None => tracing::warn!("a fork says that a process is its child that cannot be"),
                     }
                 }
@@ -552,9 +595,10 @@ impl<F: FnMut(Event)> Watchdog<F> {
         for child in &stay {
             child.kill();
         }
-        let deadline = Instant::now() + DEATH;
+        let killed = Instant::now();
         for child in &stay {
-            child.ends_by(deadline);
+            // Who is a child by hearsay may be anything, and live for ever.
+            child.ends_by(killed + if child.hearsay && child.leash.is_some() { LAST_WORDS } else { DEATH });
         }
     }
 }

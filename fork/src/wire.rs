@@ -24,6 +24,8 @@ use serde::de::DeserializeOwned;
 pub const MAX_BYTES: usize = 64 << 10;
 /// Most descriptors with a message.
 pub const MAX_FDS: usize = 64;
+/// The descriptor by which a process is connected that was started with a connection: the first behind its input and outputs.
+pub const INHERITED: RawFd = 3;
 
 /// Why a message did not come or go.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +55,9 @@ impl From<Errno> for WireError {
         }
     }
 }
+
+/// A message and its descriptors.
+pub(crate) type Received = (Vec<u8>, Vec<OwnedFd>);
 
 /// One end.
 #[derive(Debug)]
@@ -90,6 +95,25 @@ impl Wire {
         Ok(Self(fd))
     }
 
+    /// The end that this process was started with, as [`INHERITED`]. To be called once.
+    ///
+    /// # Errors
+    /// When that is no socket.
+    pub fn inherited() -> io::Result<Self> {
+        // SAFETY: whoever started this process left this descriptor for this alone; where it did not, none of ours has been opened in its
+        // place that anybody relies on, or else the check below fails.
+        let fd = unsafe { OwnedFd::from_raw_fd(INHERITED) };
+        let wire = Self(fd);
+        match getsockopt(&wire.0, nix::sys::socket::sockopt::SockType) {
+            Ok(SockType::SeqPacket) => Ok(wire),
+            other => {
+                // Not ours to close.
+                std::mem::forget(wire);
+                Err(other.err().map_or_else(|| io::ErrorKind::InvalidInput.into(), io::Error::from))
+            }
+        }
+    }
+
     /// Another descriptor of this end.
     pub fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)
@@ -125,6 +149,16 @@ impl Wire {
 
     fn send_with(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>], flags: MsgFlags) -> Result<(), WireError> {
         let bytes = postcard::to_stdvec(message).map_err(|e| WireError::Nonsense(e.to_string()))?;
+        self.send_bytes_with(&bytes, fds, flags)
+    }
+
+    /// Sends a message that is not one of these protocols' own.
+    #[cfg(test)]
+    pub(crate) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), WireError> {
+        self.send_bytes_with(bytes, fds, MsgFlags::empty())
+    }
+
+    fn send_bytes_with(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], flags: MsgFlags) -> Result<(), WireError> {
         if bytes.is_empty() {
             // It could not be told from the end.
             return Err(WireError::Nonsense("an empty message".into()));
@@ -138,7 +172,7 @@ impl Wire {
         let sent = loop {
             match sendmsg::<()>(
                 self.0.as_raw_fd(),
-                &[IoSlice::new(&bytes)],
+                &[IoSlice::new(bytes)],
                 rights,
                 MsgFlags::MSG_NOSIGNAL | flags,
                 None,
@@ -152,6 +186,12 @@ impl Wire {
 
     /// The next message and what came with it. Waits for it, for `limit` at most; [`Duration::MAX`] has no end.
     pub fn receive<T: DeserializeOwned>(&self, limit: Duration) -> Result<(T, Vec<OwnedFd>), WireError> {
+        let (bytes, fds) = self.receive_bytes(limit)?;
+        Ok((decode(&bytes)?, fds))
+    }
+
+    /// The same, of a message that may not be one of these protocols' own.
+    pub(crate) fn receive_bytes(&self, limit: Duration) -> Result<Received, WireError> {
         let timeout = match i32::try_from(limit.as_millis()) {
             Ok(millis) => PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX),
             Err(_) if limit == Duration::MAX => PollTimeout::NONE,
@@ -164,7 +204,7 @@ impl Wire {
                 Err(Errno::EINTR) => continue,
                 Err(e) => return Err(e.into()),
             }
-            if let Some(message) = self.try_receive()? {
+            if let Some(message) = self.try_receive_bytes()? {
                 return Ok(message);
             }
         }
@@ -172,6 +212,11 @@ impl Wire {
 
     /// The next message, if one is there.
     pub fn try_receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, WireError> {
+        let Some((bytes, fds)) = self.try_receive_bytes()? else { return Ok(None) };
+        Ok(Some((decode(&bytes)?, fds)))
+    }
+
+    fn try_receive_bytes(&self) -> Result<Option<Received>, WireError> {
         let mut bytes = vec![0; MAX_BYTES];
         let mut rights = nix::cmsg_space!([RawFd; MAX_FDS]);
         let mut buffer = [IoSliceMut::new(&mut bytes)];
@@ -197,9 +242,13 @@ impl Wire {
         if len == 0 && fds.is_empty() {
             return Err(WireError::Closed);
         }
-        let message = postcard::from_bytes(&bytes[..len]).map_err(|e| WireError::Nonsense(e.to_string()))?;
-        Ok(Some((message, fds)))
+        bytes.truncate(len);
+        Ok(Some((bytes, fds)))
     }
+}
+
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+    postcard::from_bytes(bytes).map_err(|e| WireError::Nonsense(e.to_string()))
 }
 
 /// Where others connect.

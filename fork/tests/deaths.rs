@@ -13,12 +13,12 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
-use civic_fork::hello::{Hello, Role, VERSION, socket};
+use civic_fork::hello::{Hello, Role, VERSION, Visitor, socket};
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::protocol::Response;
 use civic_fork::pager::{FEATURES, Notice, watch_child};
 use civic_fork::ram::{PAGE, Ram};
-use civic_fork::source::{Event, PATIENCE, PageServer, PageService, SourceError};
+use civic_fork::source::{Event, PATIENCE, PageServer, PageService, Process, SourceError};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Listener, Wire, WireError};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -79,22 +79,22 @@ impl Source {
         Self { dir, listener, memory, ram, parked: RwLock::new(()), writes, longest }
     }
 
-    fn accept(&self, role: &Role) -> Wire {
+    fn accept(&self, role: &Role) -> (Wire, Process) {
         let wire = self.listener.accept().unwrap();
-        let (hello, _) = wire.receive::<Hello>(SOON).unwrap();
+        let Visitor { hello, process } = Visitor::hear(&wire, SOON).unwrap();
         assert_eq!(hello, Hello { version: VERSION, role: role.clone() });
-        wire
+        (wire, process)
     }
 
     fn page_server(&self) -> (PageServer, Child, Receiver<Event>) {
         let pager = env!("CARGO_BIN_EXE_civic-pager");
-        let process = Command::new(pager).arg(self.dir.path()).spawn().unwrap();
-        let wire = self.accept(&Role::PageServer);
+        let child = Command::new(pager).arg(self.dir.path()).spawn().unwrap();
+        let (wire, process) = self.accept(&Role::PageServer);
         let (tell, events) = channel();
         let event = move |event| drop(tell.send(event));
         (
-            PageServer::begin(wire, Arc::clone(&self.ram), PAGES as u32 * 2, vec![], PATIENCE, event).unwrap(),
-            process,
+            PageServer::begin(wire, process, Arc::clone(&self.ram), PAGES as u32 * 2, vec![], PATIENCE, event).unwrap(),
+            child,
             events,
         )
     }
@@ -107,12 +107,12 @@ impl Source {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let link = self.accept(&Role::Child("child".into()));
+        let (link, watched) = self.accept(&Role::Child("child".into()));
         link.send(&true, &[self.ram.memfd().as_fd()]).unwrap();
         let (mappings, fds) = link.receive::<Mappings>(SOON).unwrap();
         let [uffd, lifeline]: [_; 2] = fds.try_into().unwrap();
         let uffd = Userfault::of_another(uffd).unwrap();
-        server.adopt(id, &link, &uffd, mappings, &Wire::from(lifeline)).unwrap();
+        server.adopt(id, &Arc::new(watched), &uffd, mappings, &Wire::from(lifeline)).unwrap();
         ForkedChild { process, link }
     }
 

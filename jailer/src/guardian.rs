@@ -282,7 +282,9 @@ impl Folder {
     fn take(path: &Path, user: u32) -> Result<Self, Refusal> {
         let hint = "choose another with --run-dir, below a folder of root's";
         let unusable = |e: io::Error| refusal(format!("cannot use {}", path.display()), e, hint);
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(unusable)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| {
+            ErrorBody::new(ErrorCode::InvalidRequest, format!("cannot make {}: {e}", path.display())).with_hint(hint)
+        })?;
         let dir = File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path);
         let dir = dir.map_err(unusable)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

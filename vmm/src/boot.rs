@@ -13,13 +13,15 @@
 
 mod bzimage;
 mod elf;
+mod image_reader;
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
+use self::image_reader::At;
 use crate::layout::{CMDLINE, CMDLINE_CAPACITY, Gpa, Layout, PAGE_SIZE};
 
 /// How a kernel is entered.
@@ -183,6 +185,11 @@ impl Kernel {
         Ok(Self { file, image })
     }
 
+    /// Its file, which others may read: nobody here relies on where it stands.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// How it will be entered.
     pub fn protocol(&self) -> Protocol {
         match self.image {
@@ -275,8 +282,7 @@ impl RangeError {
 
 /// Copies `len` bytes from `offset` of the file to `start`.
 fn load_range(file: &mut File, offset: u64, memory: &GuestMemoryMmap, start: Gpa, len: u64) -> Result<(), RangeError> {
-    file.seek(SeekFrom::Start(offset)).map_err(RangeError::File)?;
-    memory.read_exact_volatile_from(start.into(), file, len as usize).map_err(|error| match error {
+    memory.read_exact_volatile_from(start.into(), &mut At { file, offset }, len as usize).map_err(|error| match error {
         GuestMemoryError::IOError(error) => RangeError::File(error),
         other => RangeError::Memory(other),
     })

@@ -4,7 +4,7 @@
 //!  child's monitor                         source's monitor                     page server
 //!    │ connect fork.sock, Hello                  │                                   │
 //!    │──────────────────────────────────────────▶│ ◀──── connect fork.sock, Hello ───│
-//!    │◀──────── Welcome {config} [RAM, to read]  │                                   │
+//!    │◀──────── Welcome {config} [RAM, kernel…]  │                                   │
 //!    │ maps it privately, watches it, builds     │                                   │
 //!    │ Ready [userfaultfd, lifeline] ───────────▶│                                   │
 //!    │◀───────────────────────────── Registered  │                                   │
@@ -26,6 +26,7 @@ pub mod disks;
 pub mod family;
 pub mod point;
 
+use std::fs::File;
 use std::time::Duration;
 
 use civic_fork::mappings::Mappings;
@@ -41,7 +42,8 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// From the source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToChild {
-    /// To `Hello`: with the source's RAM, to be read.
+    /// To `Hello`: with the source's RAM, its kernel and its initial RAM disk if it has one, all to be read. A child opens no file of its
+    /// source's by name: it may be another user's, and what a source says that is called so.
     Welcome {
         /// The source's configuration, as JSON, with every default filled in that depends on its name.
         config: String,
@@ -74,6 +76,15 @@ pub struct Go {
     pub run: Duration,
     /// What its source knows of the guest's kernel, to start programs there.
     pub plan: Option<Box<Plan>>,
+}
+
+/// What a guest's next start reads.
+#[derive(Debug)]
+pub struct BootFiles {
+    /// The kernel.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
 }
 
 /// From the child.

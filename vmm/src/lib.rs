@@ -23,6 +23,7 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod preflight;
+pub mod process;
 pub mod programs;
 pub mod resources;
 pub mod saved;

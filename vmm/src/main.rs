@@ -15,7 +15,7 @@ use civic_vmm::fork::birth::Conceived;
 use civic_vmm::resources::Resources;
 use civic_vmm::saved::SavedVm;
 use civic_vmm::supervisor::{Embryo, Supervisor};
-use civic_vmm::{doctor, log, preflight, server};
+use civic_vmm::{doctor, log, preflight, process, server};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
@@ -53,6 +53,9 @@ struct RunArgs {
     /// The VM's own directory, for its lock, socket and logs.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// The jailer has connected to the VM to be forked, and left the connection as descriptor 3.
+    #[arg(long)]
+    introduced: bool,
 }
 
 fn main() -> ExitCode {
@@ -173,7 +176,7 @@ fn prepare_fork(args: &RunArgs, request: &ForkConfig) -> Result<Vm, ErrorBody> {
     let dir = args.dir.as_deref().ok_or_else(|| ErrorBody::new(ErrorCode::InvalidRequest, "--dir is missing"))?;
     raise_descriptor_limit();
     let directory = Directory::take(dir)?;
-    match fork(request, &directory) {
+    match fork(request, &directory, args.introduced) {
         Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor, said: true }),
         Err(body) => {
             if let Err(e) = directory.remove(false) {
@@ -184,7 +187,11 @@ fn prepare_fork(args: &RunArgs, request: &ForkConfig) -> Result<Vm, ErrorBody> {
     }
 }
 
-fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
+fn fork(
+    request: &ForkConfig,
+    directory: &Directory,
+    introduced: bool,
+) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
     let control = Arc::new(OnceLock::<Control>::new());
     let (to_be, dir) = (Arc::clone(&control), directory.path().to_owned());
@@ -205,9 +212,9 @@ fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHa
         }
     };
     std::thread::Builder::new().name("signals".into()).spawn(obey).map_err(thread_refused)?;
-    let conceived = Conceived::new(request, directory.path())?;
+    let mut conceived = Conceived::new(request, directory.path(), introduced)?;
     preflight::check(&conceived.config)?;
-    let (resources, mirrors) = Resources::of_fork(&conceived.config, directory.path(), request.source_net)?;
+    let (resources, mirrors) = conceived.resources(directory.path(), request.source_net)?;
     let listener = directory.bind()?;
     let embryo = Embryo::new(&conceived.config, &resources, &conceived.source);
     if let Err(e) = embryo.listen(directory.path()) {
@@ -217,7 +224,7 @@ fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHa
     let ours = embryo.control(unborn.quitter()?);
     let server = server::spawn(listener, ours.clone()).map_err(thread_refused)?;
     let _ = control.set(ours);
-    say(&Launch::ready(std::process::id()));
+    say(&Launch::ready(process::id()));
     let (supervisor, link) = match unborn.birth() {
         Ok(born) => Supervisor::adopt(embryo, born),
         Err(e) => {
@@ -233,7 +240,7 @@ fn fork(request: &ForkConfig, directory: &Directory) -> Result<(server::ServerHa
 impl Vm {
     fn run(self) -> ExitCode {
         if !self.said {
-            say(&Launch::ready(std::process::id()));
+            say(&Launch::ready(process::id()));
         }
         let reason = self.supervisor.run();
         self.server.stop();

@@ -23,6 +23,7 @@ use civic_devices::virtio::net::FrameLink;
 use civic_devices::virtio::vsock::{VsockError, VsockListener};
 
 use crate::boot::{BootError, Kernel};
+use crate::fork::BootFiles;
 use crate::fork::disks::{DiskParts, LayeredDisk, image_format};
 
 /// Bytes of console output kept for clients that attach later.
@@ -152,7 +153,11 @@ impl Opened {
 impl Resources {
     /// Opens everything that `config` names; console logs go to `log_dir`.
     pub fn open(config: &VmConfig, log_dir: &Path) -> Result<Self, ResourceError> {
-        let mut this = Self::open_but_disks_and_taps(config, log_dir)?;
+        let kernel = open_regular(&config.kernel).map_err(|e| kernel_unusable(config, BootError::Open(e)))?;
+        let open_initrd =
+            |path: &PathBuf| open_regular(path).map_err(|source| ResourceError::Initrd { path: path.clone(), source });
+        let initrd = config.initrd.as_ref().map(open_initrd).transpose()?;
+        let mut this = Self::open_but_disks_and_taps(config, log_dir, BootFiles { kernel, initrd })?;
         let overlays = &this.places.overlays;
         this.disks = config.disks.iter().map(|disk| open_disk(disk, overlays)).collect::<Result<_, _>>()?;
         this.taps = config.nets.iter().map(open_tap).collect::<Result<_, _>>()?;
@@ -188,8 +193,9 @@ impl Resources {
         config: &VmConfig,
         log_dir: &Path,
         source_net: SourceNet,
+        boot: BootFiles,
     ) -> Result<(Self, Vec<MirrorEnds>), ResourceError> {
-        let mut this = Self::open_but_disks_and_taps(config, log_dir)?;
+        let mut this = Self::open_but_disks_and_taps(config, log_dir, boot)?;
         let mut mirrors = Vec::new();
         for net in &config.nets {
             let (links, sockets) = wires(net, source_net)?;
@@ -228,21 +234,15 @@ impl Resources {
         Ok(())
     }
 
-    fn open_but_disks_and_taps(config: &VmConfig, log_dir: &Path) -> Result<Self, ResourceError> {
-        let kernel = open_regular(&config.kernel)
-            .map_err(BootError::Open)
-            .and_then(Kernel::open)
-            .map_err(|source| ResourceError::Kernel { path: config.kernel.clone(), source })?;
-        let open_initrd =
-            |path: &PathBuf| open_regular(path).map_err(|source| ResourceError::Initrd { path: path.clone(), source });
-        let initrd = config.initrd.as_ref().map(open_initrd).transpose()?;
+    fn open_but_disks_and_taps(config: &VmConfig, log_dir: &Path, boot: BootFiles) -> Result<Self, ResourceError> {
+        let kernel = Kernel::open(boot.kernel).map_err(|e| kernel_unusable(config, e))?;
         let bind = |vsock: &VsockConfig| VsockListener::bind(&vsock.uds).map(Arc::new).map_err(ResourceError::Vsock);
         let vsock = config.vsock.as_ref().map(bind).transpose()?;
         let consoles =
             config.consoles.iter().map(|console| open_console(console, log_dir)).collect::<Result<_, _>>()?;
         Ok(Self {
             kernel,
-            initrd,
+            initrd: boot.initrd,
             disks: Vec::new(),
             taps: Vec::new(),
             vsock,
@@ -252,6 +252,10 @@ impl Resources {
             places: OpenIn { logs: log_dir.to_owned(), overlays: config.forks.effective_dir().to_owned() },
         })
     }
+}
+
+fn kernel_unusable(config: &VmConfig, source: BootError) -> ResourceError {
+    ResourceError::Kernel { path: config.kernel.clone(), source }
 }
 
 fn open_disk(disk: &DiskConfig, overlays: &Path) -> Result<OpenDisk, ResourceError> {

@@ -137,7 +137,7 @@ impl View for Shared {
         VmInfo {
             name: config.name.clone(),
             state: status.state,
-            pid: std::process::id(),
+            pid: crate::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             cpus: config.cpus,
             memory_bytes: config.memory_bytes,

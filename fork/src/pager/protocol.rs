@@ -37,7 +37,7 @@ pub enum Request {
         /// What the last child of the source needed first, as runs of pages.
         needed: Vec<(u32, u32)>,
     },
-    /// A child that waits: with its userfaultfd and its lifeline; of a child, also with its process.
+    /// A child that waits: with its userfaultfd and its lifeline; of a child, also with its process's pidfd, and its leash if it is jailed.
     Adopt {
         /// Its number.
         child: ChildId,

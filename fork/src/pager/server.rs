@@ -296,16 +296,18 @@ impl Server {
         let (Some(uffd), Some(lifeline)) = (fds.next(), fds.next()) else {
             return Err("descriptors are missing".into());
         };
-        let process = fds.next();
+        // Its pidfd, and its leash if it has one.
+        let process: Vec<_> = fds.take(2).collect();
         let uffd = Userfault::of_another(uffd).map_err(|e| e.to_string())?;
         self.pager.adopt(child, parent, uffd, mappings).map_err(|e| e.to_string())?;
         if parent.is_some() {
             // The source hears of it before its parent does: it may have to end it.
-            let Some(process) = process else {
+            if process.is_empty() {
                 self.pager.forget(child);
                 return Err("its process is missing".into());
-            };
-            let _ = self.wire.send(&Response::Notice(Notice::Descendant(child)), &[process.as_fd()]);
+            }
+            let process: Vec<_> = process.iter().map(AsFd::as_fd).collect();
+            let _ = self.wire.send(&Response::Notice(Notice::Descendant(child)), &process);
         }
         let lifeline = Wire::from(lifeline);
         let memory =

@@ -6,11 +6,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use civic_fork::hello::{Hello, Role, socket};
+use civic_fork::hello::{Role, Visitor, socket};
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::{open_child, watch_child};
 use civic_fork::ram::Ram;
-use civic_fork::source::{PATIENCE, PageServer, PageService};
+use civic_fork::source::{PATIENCE, PageServer, PageService, Process};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Listener, Wire};
 use civic_tests::bare::vm::binary;
@@ -44,14 +44,16 @@ pub fn first_writes(order: Order) -> Vec<f64> {
     let listener = Listener::bind(&socket(dir.path())).expect("a socket");
     let mut pager = Command::new(binary("civic-pager")).arg(dir.path()).spawn().expect("a page server can be started");
     let wire = listener.accept().expect("it connects");
-    assert_eq!(wire.receive::<Hello>(SOON).expect("it says who it is").0.role, Role::PageServer);
+    let visitor = Visitor::hear(&wire, SOON).expect("it says who it is");
+    assert_eq!(visitor.hello.role, Role::PageServer);
     let memfd = File::from(memfd_create(c"bench-ram", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
     memfd.set_len((PAGES * PAGE) as u64).expect("it can be so long");
     let memory = map(&memfd, libc::MAP_SHARED);
     let write = |page: usize| memory.write_obj(1_u64, GuestAddress((page * PAGE) as u64)).expect("it is memory");
     (0..PAGES).for_each(write);
     let ram = Arc::new(Ram::new(Arc::clone(&memory)).expect("it is one memfd"));
-    let server = PageServer::begin(wire, ram, PAGES as u32, vec![], PATIENCE, |_| ()).expect("it serves");
+    let server =
+        PageServer::begin(wire, visitor.process, ram, PAGES as u32, vec![], PATIENCE, |_| ()).expect("it serves");
 
     let private = map(&memfd, libc::MAP_PRIVATE);
     let mappings = Mappings::of_private(&private).expect("it is private");
@@ -59,7 +61,8 @@ pub fn first_writes(order: Order) -> Vec<f64> {
     watch_child(&uffd, &mappings).expect("memfds can be watched");
     let handed = Userfault::of_another(uffd.try_clone().expect("a descriptor")).expect("it is one");
     let ((link, _other), (_lifeline, there)) = (Wire::pair().expect("a pair"), Wire::pair().expect("a pair"));
-    server.adopt(1, &link, &handed, mappings, &there).expect("it is adopted");
+    let itself = Arc::new(Process::of(&link).expect("this process"));
+    server.adopt(1, &itself, &handed, mappings, &there).expect("it is adopted");
     drop(there);
     server.arm().expect("memory can be protected");
     server.freeze(vec![1]).expect("a fork");

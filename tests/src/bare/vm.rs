@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use civic_api::client::{Client, ClientError};
 use civic_api::launch::{ForkConfig, Launch, SOCKET_FILE, SourceNet};
 use civic_api::{
-    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, ForkReport, ForkRequest, ForksConfig, NewDevice, SaveReport,
-    SaveRequest, VmConfig, VmInfo, VmState,
+    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, FORK_SOCKET_FILE, ForkReport, ForkRequest, ForksConfig,
+    NewDevice, SaveReport, SaveRequest, VmConfig, VmInfo, VmState,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -61,6 +61,25 @@ pub struct Setup {
     pub config: VmConfig,
     user: Option<(u32, u32)>,
     run_dir: PathBuf,
+    jailed: bool,
+    /// Where its images may be besides its own directory.
+    beside: Option<PathBuf>,
+    /// The directory of the VM that it is to be forked from.
+    source: Option<PathBuf>,
+}
+
+/// Whether monitors and page servers are jailed where a test does not say: `CIVIC_TEST_JAIL=1` has every test do so.
+fn jail_all() -> bool {
+    std::env::var_os("CIVIC_TEST_JAIL").is_some_and(|value| value == "1")
+}
+
+/// The jailer, as `civic run --jail` starts it, with `options`.
+fn jailer(options: &[(&str, &Path)]) -> Command {
+    let mut command = Command::new(binary("civic-jailer"));
+    for (option, value) in options {
+        command.arg(option).arg(value);
+    }
+    command
 }
 
 impl Setup {
@@ -87,7 +106,7 @@ impl Setup {
             allow_programs: false,
         };
         let run_dir = root.path().join("run");
-        Self { root, config, user: None, run_dir }
+        Self { root, config, user: None, run_dir, jailed: jail_all(), beside: None, source: None }
     }
 
     /// With so many vCPUs.
@@ -129,6 +148,18 @@ impl Setup {
         self
     }
 
+    /// The monitor, its forks and their page server run in jails.
+    pub fn jailed(mut self) -> Self {
+        self.jailed = true;
+        self
+    }
+
+    /// With what is in `dir`, which its monitor may write even in a jail.
+    pub fn beside(mut self, dir: &Path) -> Self {
+        self.beside = Some(dir.to_owned());
+        self
+    }
+
     /// The test's own directory.
     pub fn root(&self) -> &Path {
         self.root.path()
@@ -160,7 +191,7 @@ impl Setup {
             fs::create_dir_all(&self.run_dir).expect("a run directory can be made");
             fs::set_permissions(&self.run_dir, fs::Permissions::from_mode(0o777)).expect("permissions can be set");
         }
-        let mut command = Command::new(binary);
+        let mut command = if self.jailed && self.user.is_none() { self.jail(&binary) } else { Command::new(binary) };
         if let Some((uid, gid)) = self.user {
             command.uid(uid).gid(gid);
         }
@@ -170,10 +201,32 @@ impl Setup {
         (command, log)
     }
 
+    /// A jail for the monitor, in which there is what this test has.
+    fn jail(&self, monitor: &Path) -> Command {
+        let path = Path::new;
+        let dir = self.dir();
+        let mut options = vec![("--dir", &*dir), ("--write", self.root.path()), ("--scratch", path("/var/tmp"))];
+        options.extend(self.beside.iter().map(|beside| ("--write", &**beside)));
+        for device in ["/dev/kvm", "/dev/userfaultfd", "/dev/null", "/dev/net/tun"] {
+            options.push(("--device", path(device)));
+        }
+        options.push(("--net", path("host")));
+        let mut command = jailer(&options);
+        if let Some(source) = &self.source {
+            let role = format!("child {}", self.config.name);
+            command.arg("--introduce").arg(source.join(FORK_SOCKET_FILE)).args(["--role", &role]);
+        }
+        command.arg("--").arg(monitor);
+        if self.source.is_some() {
+            command.arg("--introduced");
+        }
+        command
+    }
+
     fn spawn(&self, config: &Path) -> (Process, Launch, PathBuf) {
         let (mut command, log) = self.command(config);
-        let mut child = Process(command.spawn().expect("the monitor can be started"));
-        let stdout = child.0.stdout.take().expect("its stdout is a pipe");
+        let mut child = Process { child: command.spawn().expect("the monitor can be started"), pid: None };
+        let stdout = child.child.stdout.take().expect("its stdout is a pipe");
         let (say, heard) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let mut line = String::new();
@@ -186,6 +239,13 @@ impl Setup {
         let launch = serde_json::from_str(&line).unwrap_or_else(|e| {
             panic!("the monitor says {line:?}, which is no launch ({e}); its log:\n{}", read(&log))
         });
+        if let Launch::Ready { pid, .. } = launch {
+            match self.jailed && self.user.is_none() {
+                true => assert_eq!(jailed_by(child.child.id(), "civic-vmm"), [pid]),
+                false => assert_eq!(pid, child.child.id()),
+            }
+            child.pid = Some(pid);
+        }
         (child, launch, log)
     }
 
@@ -235,7 +295,7 @@ impl Setup {
         let Launch::Failed { error } = launch else {
             panic!("the monitor is ready, though it should refuse; its log:\n{}", read(&log));
         };
-        let status = child.0.wait().expect("the monitor is our child");
+        let status = child.child.wait().expect("the monitor is our child");
         assert_eq!(status.code(), Some(1), "{error:?}; the log:\n{}", read(&log));
         assert_eq!(self.dir().exists(), there, "{error:?}: the VM's directory is left behind");
         assert!(!error.message.is_empty() && !error.message.contains('\n'), "{error:?}");
@@ -246,7 +306,7 @@ impl Setup {
 fn launch(setup: Rc<Setup>, text: &str) -> Vm {
     let (child, launch, log) = setup.spawn(&setup.write_config(text));
     match launch {
-        Launch::Ready { pid, .. } => assert_eq!(pid, child.0.id()),
+        Launch::Ready { .. } => {}
         Launch::Failed { error } => panic!("there is no VM: {error:?}; the log:\n{}", read(&log)),
     }
     Vm::new(setup, child, log)
@@ -256,14 +316,31 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| format!("({e})"))
 }
 
+/// What `jailer` has jailed, by its number here, once that is `program`: it had other children before.
+fn jailed_by(jailer: u32, program: &str) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{jailer}/task/{jailer}/children")).unwrap_or_default();
+    let is_it =
+        |pid: &&str| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == program);
+    children.split_whitespace().filter(is_it).filter_map(|pid| pid.parse().ok()).collect()
+}
+
 /// A monitor's process, which does not outlive the test, however that ends.
-struct Process(Child);
+struct Process {
+    /// As it was started: where it is jailed, the jailer.
+    child: Child,
+    /// The number of the program itself.
+    pid: Option<u32>,
+}
 
 impl Process {
+    fn id(&self) -> u32 {
+        self.pid.unwrap_or_else(|| self.child.id())
+    }
+
     /// Waits for it to end: its status, or none at the deadline.
     fn ends_by(&mut self, deadline: Instant) -> Option<ExitStatus> {
         loop {
-            let status = self.0.try_wait().expect("the monitor is our child");
+            let status = self.child.try_wait().expect("the monitor is our child");
             if status.is_some() || Instant::now() > deadline {
                 return status;
             }
@@ -274,8 +351,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -320,7 +397,7 @@ impl Waiting {
 
     /// The monitor's process.
     pub fn pid(&self) -> u32 {
-        self.child.0.id()
+        self.child.id()
     }
 
     /// Asks its API.
@@ -457,7 +534,7 @@ impl Vm {
 
     /// The monitor's process.
     pub fn pid(&self) -> u32 {
-        self.child.0.id()
+        self.child.id()
     }
 
     /// The VM's directory.
@@ -512,7 +589,7 @@ impl Vm {
                 return bytes[cursor..cursor + len].to_vec();
             }
             // Looked at before waiting, so that the last words of a monitor that ends are still heard.
-            let ended = matches!(self.child.0.try_wait(), Ok(Some(_)));
+            let ended = matches!(self.child.child.try_wait(), Ok(Some(_)));
             let before = bytes.len();
             bytes = self.console.received.more.wait_timeout(bytes, GLANCE).unwrap_or_else(|e| e.into_inner()).0;
             if bytes.len() == before && (ended || Instant::now() > self.deadline) {
@@ -594,7 +671,7 @@ impl Vm {
     pub fn waiting_with(&self, name: &str, devices: &[NewDevice]) -> Waiting {
         let (setup, (child, launch, log)) = self.child(name, devices);
         match launch {
-            Launch::Ready { pid, .. } => assert_eq!(pid, child.0.id()),
+            Launch::Ready { .. } => {}
             Launch::Failed { error } => panic!("nobody waits: {error:?}; the log:\n{}", read(&log)),
         }
         Waiting { setup, child, log }
@@ -617,7 +694,15 @@ impl Vm {
     fn child(&self, name: &str, devices: &[NewDevice]) -> (Rc<Setup>, (Process, Launch, PathBuf)) {
         let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
         let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
-        let setup = Rc::new(Setup { root, config, user: None, run_dir: self.setup.run_dir.clone() });
+        let setup = Rc::new(Setup {
+            root,
+            config,
+            user: None,
+            run_dir: self.setup.run_dir.clone(),
+            jailed: self.setup.jailed && self.setup.user.is_none(),
+            beside: Some(self.setup.root().to_owned()),
+            source: Some(self.dir()),
+        });
         let request = ForkConfig {
             name: name.into(),
             fork_of: self.dir(),
@@ -633,14 +718,34 @@ impl Vm {
     /// Starts a page server for this VM, if it has none. Its process id.
     pub fn page_server(&self) -> u32 {
         self.want_page_server();
-        self.page_servers.borrow().last().expect("a test starts page servers by this, for a VM that is no fork").0.id()
+        self.page_servers.borrow().last().expect("a test starts page servers by this, for a VM that is no fork").id()
     }
 
     fn want_page_server(&self) {
         if !self.info().family.page_server {
             let log = File::options().append(true).open(&self.log).expect("the log is there");
-            let server = Command::new(binary("civic-pager")).arg(self.dir()).stderr(log).spawn();
-            self.page_servers.borrow_mut().push(Process(server.expect("a page server can be started")));
+            let jailed = self.setup.jailed && self.setup.user.is_none();
+            let mut command = if jailed {
+                let mut command = jailer(&[("--introduce", &self.dir().join(FORK_SOCKET_FILE))]);
+                command.args(["--role", "pager", "--"]).arg(binary("civic-pager")).arg("--introduced");
+                command
+            } else {
+                let mut command = Command::new(binary("civic-pager"));
+                command.arg(self.dir());
+                command
+            };
+            let server = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+            let child = server.expect("a page server can be started");
+            let pid = jailed.then(|| {
+                loop {
+                    if let [pid] = jailed_by(child.id(), "civic-pager")[..] {
+                        break pid;
+                    }
+                    assert!(Instant::now() < self.deadline, "the page server does not begin");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            self.page_servers.borrow_mut().push(Process { child, pid });
         }
     }
 

@@ -260,7 +260,7 @@ fn what_a_killed_monitor_leaves_of_its_vsock_is_replaced_and_what_a_live_one_has
     let place = tempfile::tempdir().expect("a directory");
     let uds = place.path().join("vsock");
     let with_vsock = |name: &str| {
-        let mut setup = Setup::new(&kernel).name(name);
+        let mut setup = Setup::new(&kernel).name(name).beside(place.path());
         setup.config.vsock = Some(VsockConfig { uds: uds.clone(), cid: None });
         setup
     };

@@ -111,7 +111,7 @@ fn an_image_that_is_no_disk() {
 fn an_image_has_one_writer_at_a_time() {
     let first = Setup::new(&spinning()).disk("root", 1 << 20);
     let image = first.config.disks[0].path.clone();
-    let mut other = Setup::new(&spinning()).disk("root", 0);
+    let mut other = Setup::new(&spinning()).disk("root", 0).beside(first.root());
     other.config.disks[0].path = image;
     let mut first = first.boot();
     with_hint(&other.refused(), ErrorCode::ImageLocked, "ro");

@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 
 use crate::cli::{ChildArgs, absolute};
 use crate::explain;
+use crate::jail::{JailSpec, is_jailed};
 use crate::monitor::{Monitor, Until, start_page_server};
 use crate::rundir::RunDir;
 
@@ -62,14 +63,16 @@ impl Birth {
     /// sees to what was begun.
     pub async fn prepare(&mut self, args: &ChildArgs, until: Until) -> anyhow::Result<()> {
         let info = self.info().await?;
+        let jail = args.jail.clone().or_else(|| is_jailed(&self.dir.vm(&self.source)).then(JailSpec::default));
         // Early, so that it prepares the fork while the monitors come.
         if !info.family.page_server {
-            self.page_server = Some(start_page_server(&self.dir, &self.source)?);
+            self.page_server = Some(start_page_server(&self.dir, &self.source, jail.as_ref())?);
         }
         for index in 0..self.names.len() {
             let request = self.request(args, &info, index)?;
-            let dir = self.dir.clone();
-            self.starting.spawn(async move { Ok((index, Monitor::launch(&dir, &request, until).await?)) });
+            let (dir, jail) = (self.dir.clone(), jail.clone());
+            let launch = async move { Ok((index, Monitor::launch(&dir, &request, until, jail.as_ref()).await?)) };
+            self.starting.spawn(launch);
         }
         while let Some(launched) = self.starting.join_next().await {
             let (index, monitor) = launched.context("a monitor was not started")??;
@@ -77,7 +80,7 @@ impl Birth {
         }
         // Asked again: one that was about to go when nobody waited yet is gone, and from now on it stays.
         if !self.info().await?.family.page_server {
-            self.page_server = Some(start_page_server(&self.dir, &self.source)?);
+            self.page_server = Some(start_page_server(&self.dir, &self.source, jail.as_ref())?);
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::advice;
 use crate::cp::Place;
 use crate::devices::{DiskSpec, ForksSpec, NetSpec, StoreSpec, VsockSpec};
+use crate::jail::JailSpec;
 use crate::store::build_hooks::FileSpec;
 pub use inspect::InspectArgs;
 
@@ -118,7 +119,7 @@ pub enum Command {
     },
     /// Fork a running VM: it runs on, and a child goes on from the same moment.
     #[command(after_help = FORK_HELP)]
-    Fork(ForkArgs),
+    Fork(Box<ForkArgs>),
     /// Look into a running VM: fork it, run a program inside the fork, and discard that.
     #[command(after_help = INSPECT_HELP)]
     Inspect(Box<InspectArgs>),
@@ -690,6 +691,9 @@ pub struct ChildArgs {
     /// that go with it.
     #[arg(long, value_name = "SPEC")]
     pub store: Option<StoreSpec>,
+    /// Run the children's monitors, and the page server, in jails, as 'civic run --jail' does. A jailed VM's forks are jailed anyway.
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub jail: Option<JailSpec>,
 }
 
 /// As [`SourceNet`].
@@ -798,6 +802,11 @@ pub struct RunArgs {
     /// Start even where KVM seems unable to run stock kernels.
     #[arg(long)]
     pub any_kvm: bool,
+    /// Run the monitor in a jail: as a user of its own that sees only what the VM needs. Options, joined by commas: users=FIRST-LAST (200000-265535),
+    /// net=none|host|PATH, memory=SIZE, cpu=PERCENT, threads=N, io-bps=SIZE, io-iops=N (limits, by control groups), cgroup=GROUP, and
+    /// read=DIR and write=DIR for what is to be plugged in, saved or restored later.
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub jail: Option<JailSpec>,
     /// Let programs be started in this VM itself by 'civic exec', and not only in its forks: to bring to it what was tried in a fork.
     #[arg(long)]
     pub allow_programs: bool,

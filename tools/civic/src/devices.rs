@@ -209,14 +209,15 @@ impl FromStr for VsockSpec {
     }
 }
 
-struct Fields {
+/// `key=value` and words, separated by commas.
+pub(crate) struct Fields {
     form: &'static str,
     /// A word has no value.
     fields: BTreeMap<String, Option<String>>,
 }
 
 impl Fields {
-    fn parse(text: &str, form: &'static str) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str, form: &'static str) -> Result<Self, String> {
         let mut fields = BTreeMap::new();
         for field in split(text) {
             let (key, value) = match field.split_once('=') {
@@ -232,19 +233,19 @@ impl Fields {
     }
 
     /// The value of `key`.
-    fn take(&mut self, key: &str) -> Option<String> {
+    pub(crate) fn take(&mut self, key: &str) -> Option<String> {
         // A key without a value stays, for `end` to complain about.
         self.fields.get(key)?.as_ref()?;
         self.fields.remove(key)?
     }
 
     /// The value of `key`, parsed.
-    fn take_parsed<T: FromStr<Err: Display>>(&mut self, key: &str) -> Result<Option<T>, String> {
+    pub(crate) fn take_parsed<T: FromStr<Err: Display>>(&mut self, key: &str) -> Result<Option<T>, String> {
         self.take(key).map(|text| text.parse().map_err(|error| format!("{key}: {error}"))).transpose()
     }
 
     /// The value of `key`, a whole number.
-    fn take_number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, String> {
+    pub(crate) fn take_number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, String> {
         let number = |text: String| text.parse().map_err(|_| format!("{key}: '{text}' is no number that fits"));
         self.take(key).map(number).transpose()
     }
@@ -267,7 +268,7 @@ impl Fields {
     }
 
     /// Complains about what nobody took.
-    fn end(self) -> Result<(), String> {
+    pub(crate) fn end(self) -> Result<(), String> {
         match self.fields.first_key_value() {
             None => Ok(()),
             Some((key, _)) => Err(format!("'{key}' means nothing here: write {}", self.form)),

@@ -19,6 +19,7 @@ mod exec;
 mod fork;
 mod guest;
 mod inspect;
+mod jail;
 mod monitor;
 mod process;
 mod program;
@@ -94,7 +95,7 @@ fn perform(cli: Cli) -> anyhow::Result<()> {
             Command::Save { name, directory, after, json } => {
                 save::save(&dir, &name, &directory, after.then(), json).await
             }
-            Command::Fork(args) => fork::fork(&dir, args).await,
+            Command::Fork(args) => fork::fork(&dir, *args).await,
             Command::Inspect(args) => inspect::inspect(&dir, *args).await,
             Command::Exec(args) => exec::exec(&dir, args).await,
             Command::Cp(args) => cp::cp(&dir, args).await,

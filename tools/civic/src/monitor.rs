@@ -1,7 +1,7 @@
 //! Starting `civic-vmm`. The meeting is described in `civic_api::launch`.
 
 use std::ffi::OsStr;
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
@@ -13,11 +13,14 @@ use anyhow::Context;
 use civic_api::launch::{Launch, LaunchRequest};
 use civic_api::{ErrorBody, ErrorCode};
 
+use crate::jail::JailSpec;
 use crate::rundir::RunDir;
 use crate::{advice, cli};
 
 /// How long a monitor may take to build a VM. Reading a kernel from a slow disk is the longest part.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+/// The program that makes jails.
+const JAILER: &str = "civic-jailer";
 /// Longest line a monitor says.
 const MAX_LINE: u64 = 64 << 10;
 
@@ -37,17 +40,26 @@ pub struct Monitor {
 
 impl Monitor {
     /// Starts a monitor and waits until it has built the VM.
-    pub async fn launch(dir: &RunDir, request: &LaunchRequest, until: Until) -> anyhow::Result<Self> {
+    pub async fn launch(
+        dir: &RunDir,
+        request: &LaunchRequest,
+        until: Until,
+        jail: Option<&JailSpec>,
+    ) -> anyhow::Result<Self> {
         let program = find()?;
         let log = open_log(dir, request.name())?;
-        let mut command = Command::new(&program);
+        let mut command = match jail {
+            None => Command::new(&program),
+            Some(jail) => jail.monitor(&find_beside(JAILER)?, &program, &dir.vm(request.name()), request)?,
+        };
         // The configuration comes by a pipe: it is on no disk and in nobody's process list.
         command.args(["--config", "-", "--dir"]).arg(dir.vm(request.name()));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         in_own_session(&mut command, until);
         let child = command.spawn().map_err(|error| {
             let hint = "set CIVIC_VMM to the civic-vmm to use";
-            advice::error(format!("cannot start {}: {error}", program.display()), hint)
+            let program = Path::new(command.get_program()).display();
+            advice::error(format!("cannot start {program}: {error}"), hint)
         })?;
         let mut monitor = Self { child: Some(child) };
         let line = monitor.first_line(request.to_json().context("cannot write the configuration")?);
@@ -116,12 +128,19 @@ impl Drop for Monitor {
 }
 
 /// Starts the page server of the VM `name`. It finds its way by itself, and ends by itself.
-pub fn start_page_server(dir: &RunDir, name: &str) -> anyhow::Result<Child> {
+pub fn start_page_server(dir: &RunDir, name: &str, jail: Option<&JailSpec>) -> anyhow::Result<Child> {
     let program = find_beside("civic-pager")?;
-    let mut command = Command::new(&program);
-    let log = File::options().create(true).append(true).mode(0o600).open(dir.log(name));
+    let mut command = match jail {
+        Some(jail) => jail.page_server(&find_beside(JAILER)?, &program, &dir.vm(name))?,
+        None => {
+            let mut command = Command::new(&program);
+            command.arg(dir.vm(name));
+            command
+        }
+    };
+    let log = log_file().append(true).open(dir.log(name));
     let log = log.with_context(|| format!("cannot append to {}", dir.log(name).display()))?;
-    command.arg(dir.vm(name)).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     in_own_session(&mut command, Until::Told);
     command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
@@ -199,13 +218,20 @@ fn open_log(dir: &RunDir, name: &str) -> anyhow::Result<File> {
             let hint = format!("choose another --name, or end it with 'civic stop {name}'");
             return Err(error.with_hint(hint).into());
         }
-        match File::options().create(true).write(true).truncate(true).mode(0o600).open(dir.log(name)) {
+        match log_file().write(true).truncate(true).open(dir.log(name)) {
             Ok(log) => return Ok(log),
             Err(error) if error.kind() == io::ErrorKind::NotFound => std::thread::sleep(Duration::from_millis(10)),
             Err(error) => return Err(unusable(error)),
         }
     }
     Err(advice::error(format!("{} keeps vanishing", vm.display()), "see what removes it"))
+}
+
+/// How a VM's log is opened: by no link, which a jailed monitor might have left in its folder.
+fn log_file() -> OpenOptions {
+    let mut options = File::options();
+    options.create(true).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
+    options
 }
 
 /// Keeps the terminal's signals from the monitor: it is told what to do by its API. One that is to live no longer than we is killed with the

@@ -22,7 +22,7 @@ pub async fn run(dir: &RunDir, args: RunArgs) -> anyhow::Result<()> {
     let mut signals = Signals::catch().context("cannot catch signals")?;
     // Until it is released or waited for, whatever goes wrong ends the monitor.
     let monitor = tokio::select! {
-        launched = Monitor::launch(dir, &request, Until::Told) => launched?,
+        launched = Monitor::launch(dir, &request, Until::Told, args.jail.as_ref()) => launched?,
         _ = signals.next() => return Err(advice::error("interrupted before the VM was built", "run it again")),
     };
     let client = dir.client(name);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use civic_api::launch::ForkConfig;
+use civic_api::launch::{ForkConfig, SourceNet};
 use civic_api::{ErrorBody, ErrorCode, NewDevice, VmConfig};
 use civic_fork::branch::Branch;
 use civic_fork::hello::{Hello, Role, VERSION};
@@ -19,7 +19,7 @@ use civic_fork::pager::{Notice, open_child, watch_child};
 use civic_fork::wire::{Wire, WireError};
 
 use super::disks::DiskParts;
-use super::{Go, PATIENCE, ToChild, ToSource};
+use super::{BootFiles, Go, PATIENCE, ToChild, ToSource};
 use crate::clock::monotonic;
 use crate::layout::Layout;
 use crate::machine::state::Blank;
@@ -47,6 +47,8 @@ pub struct Conceived {
     link: Wire,
     ram: File,
     overlays: PathBuf,
+    /// For its guest's resets; until it has resources.
+    boot: Option<BootFiles>,
     own: Vec<(NewDevice, Opened)>,
     /// What it is to be.
     pub config: VmConfig,
@@ -55,25 +57,27 @@ pub struct Conceived {
 }
 
 impl Conceived {
-    /// Connects to the source, and hears.
+    /// Connects to the source, unless its jailer has, and hears.
     ///
     /// # Errors
     /// When nobody is there, or does not want to be forked.
-    pub fn new(request: &ForkConfig, dir: &Path) -> Result<Self, ErrorBody> {
+    pub fn new(request: &ForkConfig, dir: &Path, introduced: bool) -> Result<Self, ErrorBody> {
         let socket = civic_fork::hello::socket(&request.fork_of);
         let nobody = |e: io::Error| {
             let message = format!("nobody can be forked at {}: {e}", socket.display());
             ErrorBody::new(ErrorCode::NotFound, message).with_hint("see 'civic list'")
         };
-        let link = Wire::connect(&socket).map_err(nobody)?;
+        let link = if introduced { Wire::inherited() } else { Wire::connect(&socket) }.map_err(nobody)?;
         let hello = Hello { version: VERSION, role: Role::Child(request.name.clone()) };
         link.send(&hello, &[]).map_err(|e| broken(&e))?;
         let (welcome, fds) = link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?;
-        let (config, ram) = match (welcome, fds.into_iter().next()) {
-            (ToChild::Welcome { config }, Some(ram)) => (config, File::from(ram)),
-            (ToChild::Refused { why }, _) => return Err(failed(why)),
+        let mut files = fds.into_iter().map(File::from);
+        let (config, ram, kernel) = match (welcome, files.next(), files.next()) {
+            (ToChild::Welcome { config }, Some(ram), Some(kernel)) => (config, ram, kernel),
+            (ToChild::Refused { why }, ..) => return Err(failed(why)),
             _ => return Err(failed("the source says something else than what it should")),
         };
+        let boot = Some(BootFiles { kernel, initrd: files.next() });
         let (config, source) = as_child(&config, &request.name, &dir.join("vsock.sock"))?;
         let overlays = request.overlay_dir.clone().unwrap_or_else(|| OVERLAYS.into());
         // What would be refused at birth is better refused now.
@@ -81,7 +85,16 @@ impl Conceived {
         let places = OpenIn { logs: dir.to_owned(), overlays: overlays.clone() };
         let open = |device: &NewDevice| Ok((device.clone(), Opened::new(device, &places)?));
         let own = request.devices.iter().map(open).collect::<Result<_, ErrorBody>>()?;
-        Ok(Self { link, ram, overlays, own, config, source })
+        Ok(Self { link, ram, overlays, boot, own, config, source })
+    }
+
+    /// What it is to have besides memory and disks; see [`Resources::of_fork`].
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub fn resources(&mut self, dir: &Path, source_net: SourceNet) -> Result<(Resources, Vec<MirrorEnds>), ErrorBody> {
+        let boot = self.boot.take().ok_or_else(|| failed("it has its resources already"))?;
+        Ok(Resources::of_fork(&self.config, dir, source_net, boot)?)
     }
 
     /// Builds what can be built, says so and waits for the source to know it.

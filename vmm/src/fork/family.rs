@@ -19,19 +19,19 @@ use civic_api::{ChildVm, ErrorBody, ErrorCode, Family as FamilyInfo, Parent};
 use civic_devices::mirror::MirrorSink;
 use civic_fork::branch::Branch;
 use civic_fork::disk::Generation as DiskGeneration;
-use civic_fork::hello::{Hello, Role, VERSION};
+use civic_fork::hello::{Role, VERSION, Visitor};
 use civic_fork::huge;
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::times::Times;
 use civic_fork::pager::{CHILDREN, ChildId, ChildReport, Counters, GenerationId, Notice};
 use civic_fork::ram::{PAGE, Ram};
-use civic_fork::source::{Event, PageServer, PageService, SourceError};
+use civic_fork::source::{Event, PageServer, PageService, Process, SourceError};
 use civic_fork::uffd::Userfault;
 use civic_fork::wire::{Listener, Wire};
 use tracing::{info, warn};
 
 use super::disks::Freezable;
-use super::{PATIENCE, ToChild, ToSource};
+use super::{BootFiles, PATIENCE, ToChild, ToSource};
 use crate::machine::Mirrored;
 use crate::memory::Keeper;
 
@@ -48,6 +48,8 @@ pub struct Origin {
     pub ram: Option<Arc<Ram>>,
     /// The same, for children to read.
     pub read_only: File,
+    /// For their guests' resets.
+    pub boot: BootFiles,
     /// Has pages stay that the guest gives back.
     pub keeper: Keeper,
     /// Most bytes kept of it for children; as many as it has, if nothing is said.
@@ -82,6 +84,8 @@ impl Origin {
 pub struct Waiting {
     /// Its number.
     pub id: ChildId,
+    /// Its process.
+    pub process: Arc<Process>,
     /// To it.
     pub link: Wire,
     /// Where its RAM is watched.
@@ -109,7 +113,7 @@ impl Waiting {
     pub fn adopted_by(&self, serving: &Serving) -> Result<(), SourceError> {
         let mut adopted_by = self.adopted_by.lock().unwrap_or_else(PoisonError::into_inner);
         if *adopted_by != Some(serving.number) {
-            serving.server.adopt(self.id, &self.link, &self.uffd, self.mappings.clone(), &self.lifeline)?;
+            serving.server.adopt(self.id, &self.process, &self.uffd, self.mappings.clone(), &self.lifeline)?;
             *adopted_by = Some(serving.number);
         }
         Ok(())
@@ -163,7 +167,7 @@ struct Inner {
     origin: Option<Arc<Origin>>,
     config: String,
     /// A page server that has connected and not begun.
-    page_server: Option<Wire>,
+    page_server: Option<(Wire, Process)>,
     server: Option<Serving>,
     /// Those of machines that are no more, whose children live on.
     former: Vec<Serving>,
@@ -247,8 +251,8 @@ impl Family {
 
     /// Hears who connects, and answers.
     fn hear(self: &Arc<Self>, wire: Wire) {
-        let hello = match wire.receive::<Hello>(PATIENCE) {
-            Ok((hello, _)) => hello,
+        let Visitor { hello, process } = match Visitor::hear(&wire, PATIENCE) {
+            Ok(visitor) => visitor,
             Err(e) => return warn!("somebody connected to fork.sock: {e}"),
         };
         if hello.version != VERSION {
@@ -260,15 +264,18 @@ impl Family {
         match hello.role {
             Role::PageServer => {
                 let mut inner = self.inner();
-                if inner.page_server.as_ref().is_none_or(Wire::hung_up) && !inner.serves() && !inner.beginning {
-                    inner.page_server = Some(wire);
+                if inner.page_server.as_ref().is_none_or(|(wire, _)| wire.hung_up())
+                    && !inner.serves()
+                    && !inner.beginning
+                {
+                    inner.page_server = Some((wire, process));
                     self.changed.notify_all();
                     let waiting = inner.waiting.values().cloned().collect();
                     drop(inner);
                     self.arm_ahead(waiting);
                 }
             }
-            Role::Child(name) => match self.welcome(name, &wire) {
+            Role::Child(name) => match self.welcome(name, &wire, process) {
                 Ok(()) => {
                     let waiting = self.inner().waiting.values().cloned().collect();
                     self.arm_ahead(waiting);
@@ -281,7 +288,7 @@ impl Family {
         }
     }
 
-    fn welcome(&self, name: String, link: &Wire) -> Result<(), String> {
+    fn welcome(&self, name: String, link: &Wire, process: Process) -> Result<(), String> {
         let (origin, config) = {
             let inner = self.inner();
             if inner.waiting.len() >= MAX_WAITING {
@@ -291,7 +298,9 @@ impl Family {
         };
         let origin = origin.ok_or_else(|| self.why_not())?;
         let text = |e: &dyn std::fmt::Display| e.to_string();
-        link.send(&ToChild::Welcome { config }, &[origin.read_only.as_fd()]).map_err(|e| text(&e))?;
+        let files = [&origin.read_only, &origin.boot.kernel].into_iter().chain(&origin.boot.initrd);
+        let files: Vec<_> = files.map(AsFd::as_fd).collect();
+        link.send(&ToChild::Welcome { config }, &files).map_err(|e| text(&e))?;
         let (ready, fds) = link.receive::<ToSource>(PATIENCE).map_err(|e| text(&e))?;
         let ToSource::Ready { mappings, mirrors } = ready else { return Err("it is not ready".into()) };
         let mut fds = fds.into_iter();
@@ -314,7 +323,10 @@ impl Family {
             return Err(format!("a child '{name}' is there already"));
         }
         let (lifeline, adopted_by, mirrors) = (Wire::from(lifeline), Mutex::default(), Mutex::new(sinks));
-        inner.waiting.insert(name, Arc::new(Waiting { id, link, uffd, mappings, lifeline, adopted_by, mirrors }));
+        inner.waiting.insert(
+            name,
+            Arc::new(Waiting { id, process: Arc::new(process), link, uffd, mappings, lifeline, adopted_by, mirrors }),
+        );
         drop(inner);
         told.send(&ToChild::Registered, &[]).map_err(|e| text(&e))
     }
@@ -353,7 +365,7 @@ impl Family {
     pub fn info(&self) -> FamilyInfo {
         let mut inner = self.inner();
         inner.waiting.retain(|_, waiting| !waiting.link.hung_up());
-        inner.page_server.take_if(|wire| wire.hung_up());
+        inner.page_server.take_if(|(wire, _)| wire.hung_up());
         let lives = inner.serves();
         FamilyInfo {
             parent: self.parent.clone().map(|name| Parent { name, generation: inner.born_of }),
@@ -442,13 +454,14 @@ impl Family {
             }
             // One at a time: two could not watch the same memory.
             let idle = !inner.beginning;
-            if let Some(wire) = inner.page_server.take_if(|_| idle).filter(|wire| !wire.hung_up()) {
+            let connected = inner.page_server.take_if(|_| idle).filter(|(wire, _)| !wire.hung_up());
+            if let Some(connected) = connected {
                 inner.servers += 1;
                 inner.beginning = true;
                 let (number, needed) = (inner.servers, std::mem::take(&mut inner.needed));
                 drop(inner);
                 let server = origin.split().and_then(|()| {
-                    self.begin(wire, &origin, number, needed).map_err(|e| {
+                    self.begin(connected, &origin, number, needed).map_err(|e| {
                         ErrorBody::from_error(ErrorCode::ForkFailed, &e)
                             .with_hint("'civic doctor' says what this host lacks")
                     })
@@ -476,7 +489,7 @@ impl Family {
 
     fn begin(
         self: &Arc<Self>,
-        wire: Wire,
+        (wire, process): (Wire, Process),
         origin: &Arc<Origin>,
         number: u32,
         needed: Vec<(u32, u32)>,
@@ -491,7 +504,7 @@ impl Family {
                 family.heed(number, &keeper, event);
             }
         };
-        PageServer::begin(wire, Arc::clone(ram), limit, needed, patience(), event).map(Arc::new)
+        PageServer::begin(wire, process, Arc::clone(ram), limit, needed, patience(), event).map(Arc::new)
     }
 
     /// The page server has done all that it was asked before: what it tells from now on is of now.

@@ -112,7 +112,7 @@ impl Fork {
                 waiting.adopted_by(&serving).map_err(|e| failed(&e).with_hint(format!("it was about '{name}'")));
             let link = waiting.link.try_clone().map_err(|e| failed(&e));
             mirrors.extend(waiting.mirrors().into_iter().map(|(net, sink)| (waiting.id, net, sink)));
-            children.push((waiting.id, name.clone(), adopted.and(link).map_err(give_up)?));
+            children.push((waiting.id, name.clone(), waiting.process.id(), adopted.and(link).map_err(give_up)?));
         }
         let prepare_us = micros(started);
         let arming = Instant::now();
@@ -137,10 +137,9 @@ impl Fork {
             return Err(ErrorBody::new(ErrorCode::ForkFailed, format!("the state cannot be handed over: {e}")));
         }
         let (mut lives, mut dead) = (Vec::new(), Vec::new());
-        for (id, name, link) in children {
+        for (id, name, pid, link) in children {
             match link.receive::<ToSource>(BIRTH) {
                 Ok((ToSource::Started { at }, _)) => {
-                    let pid = link.peer().unwrap_or_default() as u32;
                     let fed = mirrors.extract_if(.., |(child, _)| *child == id).map(|(_, mirrored)| mirrored);
                     family.add(id, name.clone(), pid, numbered, fed.collect());
                     lives.push(ForkedVm { name, pid, running_us: at.saturating_sub(begun) / 1000 });
@@ -183,14 +182,14 @@ fn lose(family: &Family, server: &dyn PageService, child: ChildId) {
 
 /// Gives every child its state and its disks. One that is gone by now is noticed later.
 fn hand_over(
-    children: &[(ChildId, String, civic_fork::wire::Wire)],
+    children: &[(ChildId, String, u32, civic_fork::wire::Wire)],
     sections: &Sections,
     go: &Go,
     disks: &[Arc<Freezable>],
     frozen: &[Option<DiskGeneration>],
 ) -> io::Result<()> {
     let state = sections.encode();
-    for (_, _, link) in children {
+    for (.., link) in children {
         // One each: they read from where it stands.
         let mut memfd = File::from(memfd_create(c"civic-state", MFdFlags::MFD_CLOEXEC)?);
         memfd.write_all(&state)?;

@@ -10,6 +10,7 @@ use civic_fork::ram::Ram;
 use super::{Message, Supervisor, way_out};
 use crate::clock::monotonic;
 use crate::control::{Answer, Command, Reply};
+use crate::fork::BootFiles;
 use crate::fork::disks::Freezable;
 use crate::fork::family::Origin;
 use crate::fork::point::{Fork, Pause, Paused};
@@ -205,7 +206,10 @@ impl Supervisor {
             };
             let store_bytes = self.shared.config().forks.memory_bytes;
             let still = Box::new(self.still());
-            Ok(Origin { ram, read_only, keeper: memory.keeper(), store_bytes, still })
+            let kernel = self.resources.kernel.file().try_clone().map_err(|e| e.to_string())?;
+            let initrd = self.resources.initrd.as_ref().map(|initrd| initrd.try_clone()).transpose();
+            let boot = BootFiles { kernel, initrd: initrd.map_err(|e| e.to_string())? };
+            Ok(Origin { ram, read_only, boot, keeper: memory.keeper(), store_bytes, still })
         })();
         match (origin, serde_json::to_string(&self.inherited())) {
             (Ok(origin), Ok(config)) => self.shared.family.set_origin(origin, config),
