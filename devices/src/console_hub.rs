@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use civic_confine::Kind;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -152,7 +153,10 @@ impl ConsoleHub {
             name,
         });
         let hub = HubThread { shared: shared.clone(), clients: Vec::new(), log: log.map(Log::new) };
-        let thread = std::thread::Builder::new().name(format!("con-{}", shared.name)).spawn(move || hub.run())?;
+        let thread = std::thread::Builder::new().name(format!("con-{}", shared.name)).spawn(move || {
+            civic_confine::thread(Kind::Device);
+            hub.run()
+        })?;
         Ok(Arc::new(Self { shared, thread: Mutex::new(Some(thread)) }))
     }
 

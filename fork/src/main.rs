@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use civic_confine::Kind;
 use civic_fork::hello::{Hello, Role, VERSION, socket};
 use civic_fork::pager::server::{ServeError, serve};
 use civic_fork::wire::{Wire, WireError};
@@ -47,6 +48,15 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let confined = match civic_confine::wanted() {
+        Ok(Some(mode)) => civic_confine::begin(Kind::Pager, mode),
+        Ok(None) => Ok(()),
+        Err(e) => Err(e),
+    };
+    if let Err(e) = confined {
+        eprintln!("civic-pager: {e}");
+        return ExitCode::FAILURE;
+    }
     let hello = Hello { version: VERSION, role: Role::PageServer };
     match wire.send(&hello, &[]).map_err(ServeError::from).and_then(|()| serve(wire)) {
         // Another one serves that VM, or the VM is gone.

@@ -28,6 +28,9 @@ pub const CONNECTION: i32 = 3;
 /// The variable in which the program finds its number outside.
 pub const PID: &str = "CIVIC_PID";
 
+/// The variable that has the program filter its system calls: `enforce`, or `audit`.
+pub const FILTER: &str = "CIVIC_SECCOMP";
+
 /// Variables of the environment that come along, by how they begin.
 const VARIABLES: [&str; 3] = ["CIVIC_", "RUST_LOG", "RUST_BACKTRACE"];
 
@@ -53,6 +56,8 @@ pub fn become_program(
     }
     let mut command = Command::new(&jail.program);
     command.args(&jail.args).env_clear().env(PID, pid.to_string()).current_dir("/");
+    // Where nothing else is said, its system calls are filtered.
+    command.env(FILTER, "enforce");
     let ours = |name: &str| name != PID && VARIABLES.iter().any(|start| name.starts_with(start));
     command.envs(std::env::vars().filter(|(name, _)| ours(name)));
     let e = command.exec();

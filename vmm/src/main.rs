@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use civic_api::launch::{ForkConfig, Launch, LaunchRequest, RestoreConfig};
 use civic_api::{EndReason, ErrorBody, ErrorCode, VmConfig};
+use civic_confine::Kind;
 use civic_vmm::control::{Command, Control};
 use civic_vmm::directory::Directory;
 use civic_vmm::fork::birth::Conceived;
@@ -64,13 +65,22 @@ fn main() -> ExitCode {
     if let Some(Action::Doctor { run_dir }) = cli.action {
         return doctor_json(&run_dir);
     }
-    match prepare(&cli.run) {
+    match confine().and_then(|()| prepare(&cli.run)) {
         Ok(vm) => vm.run(),
         Err(body) => {
             error!("{}", body.message);
             say(&Launch::Failed { error: body });
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Has the kernel let this process make no system call but those of a monitor, where that is wanted: before it reads anything.
+fn confine() -> Result<(), ErrorBody> {
+    let refused = |e: civic_confine::ConfineError| ErrorBody::from_error(ErrorCode::JailUnavailable, &e);
+    match civic_confine::wanted().map_err(refused)? {
+        Some(mode) => civic_confine::begin(Kind::Monitor, mode).map_err(refused),
+        None => Ok(()),
     }
 }
 

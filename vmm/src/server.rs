@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use axum::Router;
 use civic_api::{ErrorBody, ErrorCode};
+use civic_confine::Kind;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -149,6 +150,7 @@ fn spawn_with(
     let (stop, stopped) = watch::channel(false);
     let router = routes::router(control, limits);
     let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
+        civic_confine::thread(Kind::Api);
         runtime.block_on(accept(listener, router, limits, stopped));
         // Nobody waits for what is left: a connection that did not end in its grace.
         runtime.shutdown_background();

@@ -25,6 +25,7 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use civic_confine::Kind;
 use civic_devices::bus::Bus;
 use civic_devices::counters::{Counter, Counters};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -193,7 +194,10 @@ impl Vcpus {
             vcpus.exits.push(Arc::clone(&exits));
             let gate = Arc::clone(&vcpus.gate);
             let vcpu = Vcpu { index, fd, gate, buses: buses.clone(), exits, report: report.clone() };
-            vcpus.threads.push(std::thread::Builder::new().name(format!("vcpu{index}")).spawn(|| vcpu.run())?);
+            vcpus.threads.push(std::thread::Builder::new().name(format!("vcpu{index}")).spawn(|| {
+                civic_confine::thread(Kind::Vcpu);
+                vcpu.run()
+            })?);
         }
         vcpus.wait_parked();
         Ok(vcpus)

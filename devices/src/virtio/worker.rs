@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use civic_confine::Kind;
 use tracing::{debug, error, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -113,7 +114,10 @@ impl Worker {
         let paused = activation.paused;
         // The kernel keeps 15 bytes of a thread's name.
         let short = name.get(..15).unwrap_or(name).to_owned();
-        let thread = std::thread::Builder::new().name(short).spawn(move || thread.run(paused))?;
+        let thread = std::thread::Builder::new().name(short).spawn(move || {
+            civic_confine::thread(Kind::Device);
+            thread.run(paused)
+        })?;
         Ok(Self { commands, wake, thread: Some(thread), parked })
     }
 

@@ -10,6 +10,7 @@ mod forking;
 mod huge;
 mod inspecting;
 mod interrupts;
+mod jailed;
 mod memory;
 mod pausing;
 mod plugging;

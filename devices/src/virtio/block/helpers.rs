@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use civic_confine::Kind;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::job::Job;
@@ -43,6 +44,7 @@ impl Helpers {
             let event = Arc::clone(&helpers.event);
             let thread = std::thread::Builder::new().name(format!("{short}+"));
             let run = move || {
+                civic_confine::thread(Kind::Device);
                 // They serve as well if it cannot be.
                 let _ = wait_for_turns();
                 work(&inbox, &results, &event);

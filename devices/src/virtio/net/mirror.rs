@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle, Thread, park};
 
+use civic_confine::Kind;
 use nix::errno::Errno;
 use tracing::{debug, error, info};
 
@@ -114,7 +115,13 @@ impl Mirror {
             finish(thread.take());
             let runner = Arc::clone(shared);
             let name = format!("mirror:{}", shared.id);
-            let started = Builder::new().name(name).spawn(move || runner.run()).map_err(MirrorError::Thread)?;
+            let started = Builder::new()
+                .name(name)
+                .spawn(move || {
+                    civic_confine::thread(Kind::Device);
+                    runner.run()
+                })
+                .map_err(MirrorError::Thread)?;
             for pair in 0..shared.queues.len() {
                 *shared.queue(pair) = Some(Queue { batch: shared.batch(), thread: started.thread().clone() });
             }
