@@ -115,7 +115,7 @@ impl Job<'_> {
     fn in_testbed(&self, work: &Path) -> Result<bool> {
         let binaries = work.join("bin");
         fs::create_dir(&binaries)?;
-        for name in ["civic", "civic-vmm", "civic-pager"] {
+        for name in ["civic", "civic-vmm", "civic-pager", "civic-jailer"] {
             let from = release_dir()?.join(name);
             if from.exists() {
                 fs::copy(from, binaries.join(name))?;
