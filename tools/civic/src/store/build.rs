@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{ErrorKind, IsTerminal};
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use civic_api::ByteSize;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
@@ -27,10 +27,9 @@ use super::build_hooks::{SETUP, customize, known};
 use super::{FOLDERS, RECORD, Record, cannot_start, check};
 use crate::cli::StoreBuildArgs;
 use crate::console::Signals;
+use crate::terminal::spinner;
 use crate::{advice, show};
 
-const SPINNER: &str = "{spinner} {msg} ({elapsed})";
-const INTERVAL: Duration = Duration::from_millis(200);
 /// Lines of complaints that are kept.
 const LINES: usize = 12;
 /// How long what was killed may take to be gone.
@@ -52,10 +51,7 @@ struct Report<'a> {
 pub async fn build(args: StoreBuildArgs) -> Result<()> {
     let plan = Plan::new(&args)?;
     let mut signals = Signals::catch().context("cannot catch signals")?;
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
-    let bar =
-        bar.with_style(ProgressStyle::with_template(SPINNER).unwrap_or_else(|_| ProgressStyle::default_spinner()));
-    bar.enable_steady_tick(INTERVAL);
+    let bar = spinner("beginning");
     let built = plan.build(&args, &bar, &mut signals).await;
     bar.finish_and_clear();
     let report = built?;
@@ -157,7 +153,6 @@ impl Plan {
         command.arg("--aptopt").arg(&network).arg(format!("--include={}", args.packages.join(",")));
         command.arg(&self.suite).arg(&tree).args(&self.sources).env("CIVIC_STORE_WORK", work);
         command.env("SOURCE_DATE_EPOCH", self.made.to_string());
-        bar.set_message("beginning");
         if let Err(complaints) = run(command, "mmdebstrap", bar, signals).await? {
             return Err(self.explain(&complaints));
         }
