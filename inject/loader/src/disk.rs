@@ -10,9 +10,10 @@ use rustix::process::fchdir;
 
 use crate::failure::Failure;
 use crate::files::{detached, find_folder, read_into};
+use crate::news::News;
 use crate::time::{Deadline, sleep_ms};
 
-/// How often to look for a disk that is being plugged in, in milliseconds.
+/// How often to try to open a disk that was plugged in just now, in milliseconds.
 const LOOK_MS: u64 = 3;
 
 /// The file systems that a store may have, and whether they can only be read.
@@ -45,11 +46,12 @@ pub fn mount<'a>(store: &Store<'a>, deadline: Deadline) -> Result<OwnedFd, Failu
     };
     let devices = devices().map_err(|e| failure(e, "the guest's kernel shows no devices"))?;
     let disks = detached(c"sysfs", &[]).map_err(|e| failure(e, "the guest's kernel shows no disks"))?;
+    let news = News::new();
     let device = loop {
         match find(&store.disk, &disks, &devices) {
             Ok(Some(device)) => break device,
             Ok(None) if deadline.passed() => return Err(failure(Errno::NODEV, none).about(name.as_bytes(), "")),
-            Ok(None) => sleep_ms(LOOK_MS),
+            Ok(None) => news.wait(b"SUBSYSTEM=block"),
             Err(e) => return Err(failure(e, "the guest's kernel shows no disks")),
         }
     };

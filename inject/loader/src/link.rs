@@ -23,8 +23,8 @@ const WORTHWHILE: usize = 4096;
 pub struct Pages<const N: usize>([[u8; 4096]; N]);
 
 impl<const N: usize> Pages<N> {
-    /// Zeroes, which are there: nothing of them is left to the kernel.
-    pub fn new() -> Self {
+    /// Zeroes.
+    pub const fn new() -> Self {
         Self([[0; 4096]; N])
     }
 

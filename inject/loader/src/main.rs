@@ -31,9 +31,11 @@ mod freeze;
 mod link;
 mod memory;
 mod network;
+mod news;
 mod pack;
 mod program;
 mod relay;
+mod room;
 mod root;
 mod start;
 mod sys;
@@ -52,24 +54,11 @@ use crate::freeze::Frozen;
 use crate::link::{Link, Pages};
 use crate::program::Program;
 use crate::relay::Relay;
+use crate::room::{LINK_PAGES, STDIN_PAGES};
 use crate::time::Deadline;
 
 /// Until when the host has to say what to do, in milliseconds.
 const LAUNCH_MS: u64 = 30_000;
-
-/// Pages of the buffer for each direction: a greatest frame, and small ones beside it.
-const LINK_PAGES: usize = 18;
-/// Pages of the input that the program has not read yet.
-const STDIN_PAGES: usize = 16;
-
-/// All memory of any size. The monitor reads and writes the first two by itself: they are whole pages.
-struct Room {
-    from_host: Pages<LINK_PAGES>,
-    to_host: Pages<LINK_PAGES>,
-    stdin: Pages<STDIN_PAGES>,
-    launch: Pages<LINK_PAGES>,
-    report: Pages<1>,
-}
 
 /// Does everything; gives the exit status, which only tests on a host see.
 fn run(argument: &[u8]) -> i32 {
@@ -80,15 +69,8 @@ fn run(argument: &[u8]) -> i32 {
     if files::fill_standard().is_err() {
         return 2;
     }
-    let Ok(mut channel) = AnyChannel::open(argument) else {
+    let (Ok(mut channel), Some(room)) = (AnyChannel::open(argument), room::take()) else {
         return 2;
-    };
-    let mut room = Room {
-        from_host: Pages::new(),
-        to_host: Pages::new(),
-        stdin: Pages::new(),
-        launch: Pages::new(),
-        report: Pages::new(),
     };
     let mut link = Link::new(channel.get(), room.from_host.buffer(), room.to_host.buffer());
     let mut text = Text::new();

@@ -15,10 +15,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use crate::failure::{Ending, Failure};
 use crate::files::{detached, find_folder};
 use crate::link::Link;
-use crate::time::{Deadline, sleep_ms};
-
-/// How often to look for a card that is being plugged in, in milliseconds.
-const LOOK_MS: u64 = 3;
+use crate::news::News;
+use crate::time::Deadline;
 
 const SIOCADDRT: Opcode = 0x890b;
 const SIOCGIFFLAGS: Opcode = 0x8913;
@@ -77,13 +75,14 @@ pub fn set_up<'a>(link: &mut Link<'_>, launch: &Launch<'a>) -> core::result::Res
         return Ok(());
     };
     let deadline = Deadline::after_ms(launch.timeout_ms.into());
+    let news = News::new();
     let card = loop {
         match cards.find(&network.mac) {
             Ok(Some(card)) => break card,
             Ok(None) if deadline.passed() => {
                 return Err(failure(Errno::NODEV, "the guest's kernel has not found the new network card").into());
             }
-            Ok(None) => sleep_ms(LOOK_MS),
+            Ok(None) => news.wait(b"SUBSYSTEM=net"),
             Err(e) => return Err(failure(e, "the guest's kernel does not list its network cards").into()),
         }
     };

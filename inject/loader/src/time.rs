@@ -16,7 +16,12 @@ impl Deadline {
 
     /// Whether it is not in the future any more.
     pub fn passed(self) -> bool {
-        sys::now_ms() >= self.0
+        self.left_ms().is_none()
+    }
+
+    /// How long it is until then; none if it is not in the future any more.
+    pub fn left_ms(self) -> Option<u64> {
+        self.0.checked_sub(sys::now_ms()).filter(|left| *left > 0)
     }
 }
 
