@@ -131,6 +131,9 @@ pub struct ForkConfig {
     /// What it has besides what its source has: plugged in before its guest runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<NewDevice>,
+    /// Programs will be started in it: it is not born before it has the memory that earlier such forks have needed, as far as is known.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub for_programs: bool,
 }
 
 /// What the network cards that a fork has of its source are connected to. They have the source's addresses: nothing that they send is

@@ -24,9 +24,11 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::huge::advise;
 use crate::mappings::Mappings;
 use crate::pagemap::PageMap;
 use crate::pager::generation::Pages;
+use crate::pager::habits::WRITTEN;
 use crate::pager::protocol::{Request, Response};
 use crate::pager::snapshot::SEALS;
 use crate::pager::{Armed, ChildId, GenerationId, Notice, Report};
@@ -115,6 +117,43 @@ impl Branch {
     /// The memory is about to be unmapped, and this VM goes on with other memory. Its disks remain those of its fork point.
     pub fn independent(&self) {
         let _ = self.ask(&Request::Independent, &[]);
+    }
+
+    /// Brings what a child that runs programs is going to need, as far as earlier ones' needs tell: what they were given is given to it, and
+    /// what they have written becomes its own. Returns the pages that are there then, as runs. It takes as long as the page server needs for it.
+    ///
+    /// # Errors
+    /// When the page server is gone, or the kernel has no such calls (Linux 6.7): the child finds out by itself then, page by page.
+    pub fn prepare(&self) -> Result<Vec<(u32, u32)>, SourceError> {
+        let expected = match self.ask(&Request::Expect, &[])? {
+            Response::Expected(runs) => runs,
+            other => return Err(refusal(other)),
+        };
+        let own = self.own();
+        for (first, len) in expected {
+            let (offset, bytes) = (u64::from(first) * PAGE as u64, u64::from(len) * PAGE as u64);
+            for (start, len) in own.mappings.spans(offset, bytes) {
+                advise(start, len, libc::MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE").map_err(io::Error::other)?;
+            }
+        }
+        Ok(own.map.present(&own.mappings)?)
+    }
+
+    /// Tells the page server what this child has written until now, for those to come.
+    ///
+    /// # Errors
+    /// When the page server is gone, or the kernel has no such call (Linux 6.7).
+    pub fn tell_written(&self) -> Result<(), SourceError> {
+        let mut runs = {
+            let own = self.own();
+            own.map.own(&own.mappings)?
+        };
+        // More do not count, and would not fit into a message.
+        runs.truncate(WRITTEN as usize);
+        match self.ask(&Request::Wrote { runs }, &[])? {
+            Response::Done => Ok(()),
+            other => Err(refusal(other)),
+        }
     }
 
     /// Ends [`Branch::hear`].

@@ -14,7 +14,7 @@ use crate::source::Process;
 use crate::wire::{Wire, WireError, decode};
 
 /// The protocols' version: processes of two versions of Civic do not fork from each other.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Who connects.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -211,7 +211,8 @@ fn try_to_split(ram: &Ram, offset: u64) -> Result<(), HugeError> {
     })
 }
 
-fn advise(start: Hva, len: u64, advice: libc::c_int, call: &'static str) -> Result<(), HugeError> {
+/// Gives the kernel a piece of advice about mapped memory, of a kind that changes nothing of what is in it.
+pub(crate) fn advise(start: Hva, len: u64, advice: libc::c_int, call: &'static str) -> Result<(), HugeError> {
     // SAFETY: each kind of advice that is given here changes how memory is kept, and nothing that is in it.
     let done = unsafe { libc::madvise(start.0 as _, len as usize, advice) };
     Errno::result(done).map(drop).map_err(failed(call))

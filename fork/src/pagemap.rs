@@ -1,5 +1,6 @@
-//! What is in this process's page table: `PAGEMAP_SCAN` (Linux 6.7). Which pages of a private mapping are the process's own, and which of those it
-//! has written since it was asked last, on memory whose userfaultfd lifts write protection by itself; and what is mapped by huge pages.
+//! What is in this process's page table: `PAGEMAP_SCAN` (Linux 6.7). Which pages of a private mapping are there, which are the process's own, and
+//! which of those it has written since it was asked last, on memory whose userfaultfd lifts write protection by itself; and what is mapped by
+//! huge pages.
 //!
 //! The kernel reports a page as written as long as it is not protected, and protects what it reports in the same step: whoever copies
 //! a page after it was reported, and asks again until nothing is left, has all of it.
@@ -93,9 +94,29 @@ impl PageMap {
     /// # Errors
     /// When the kernel cannot, or the memory is not watched by a userfaultfd with `UFFD_FEATURE_WP_ASYNC`.
     pub fn written(&self, mappings: &Mappings) -> io::Result<Vec<(u32, u32)>> {
+        self.runs(mappings, &Wanted::WRITTEN)
+    }
+
+    /// The pages of `mappings`, as runs, that are this process's own, not the file's nor the zero page, whenever they were written.
+    ///
+    /// # Errors
+    /// When the kernel cannot.
+    pub fn own(&self, mappings: &Mappings) -> io::Result<Vec<(u32, u32)>> {
+        self.runs(mappings, &Wanted::OWN)
+    }
+
+    /// The pages of `mappings`, as runs, that are there: no access to them waits for anybody.
+    ///
+    /// # Errors
+    /// When the kernel cannot.
+    pub fn present(&self, mappings: &Mappings) -> io::Result<Vec<(u32, u32)>> {
+        self.runs(mappings, &Wanted::PRESENT)
+    }
+
+    fn runs(&self, mappings: &Mappings, wanted: &Wanted) -> io::Result<Vec<(u32, u32)>> {
         let mut runs = Vec::new();
         for piece in mappings.iter() {
-            for (from, to) in self.regions(piece.start, piece.len, &Wanted::WRITTEN)? {
+            for (from, to) in self.regions(piece.start, piece.len, wanted)? {
                 let offset = mappings.offset_of(from).ok_or(io::ErrorKind::InvalidData)?;
                 let pages = (to.0 - from.0) / PAGE as u64;
                 runs.push(((offset / PAGE as u64) as u32, pages as u32));
@@ -129,7 +150,7 @@ impl PageMap {
             category_inverted: wanted.not,
             category_mask: wanted.all | wanted.not,
             category_anyof_mask: wanted.any,
-            return_mask: wanted.all,
+            return_mask: wanted.told,
         };
         // SAFETY: `arg` is a live `struct pm_scan_arg`, and its vector a live slice of as many regions as it says, borrowed for writing.
         let found = unsafe { ioctl::pagemap_scan(self.0.as_raw_fd(), &raw mut arg) }?;
@@ -140,18 +161,27 @@ impl PageMap {
     }
 }
 
-/// Which pages are reported: those that are all of `all`, none of `not` and, if it says anything, one of `any`.
+/// Which pages are reported: those that are all of `all`, none of `not` and, if it says anything, one of `any`; neighbours as one if they are
+/// equal in `told`, which must say something.
 struct Wanted {
     flags: u64,
     all: u64,
     not: u64,
     any: u64,
+    told: u64,
 }
 
 impl Wanted {
-    const WRITTEN: Self =
-        Self { flags: WP_MATCHING | CHECK_WPASYNC, all: WRITTEN, not: FILE | PFNZERO, any: PRESENT | SWAPPED };
-    const HUGE: Self = Self { flags: 0, all: HUGE, not: 0, any: 0 };
+    const WRITTEN: Self = Self {
+        flags: WP_MATCHING | CHECK_WPASYNC,
+        all: WRITTEN,
+        not: FILE | PFNZERO,
+        any: PRESENT | SWAPPED,
+        told: WRITTEN,
+    };
+    const OWN: Self = Self { flags: 0, all: 0, not: FILE | PFNZERO, any: PRESENT | SWAPPED, told: FILE };
+    const PRESENT: Self = Self { flags: 0, all: PRESENT, not: 0, any: 0, told: PRESENT };
+    const HUGE: Self = Self { flags: 0, all: HUGE, not: 0, any: 0, told: HUGE };
 }
 
 #[cfg(test)]
@@ -187,6 +217,7 @@ mod tests {
         };
         uffd.copy(&mappings, 63 * P, &[1; PAGE]).unwrap();
         [3, 4, 5, 31, 40].into_iter().for_each(write);
+        assert_eq!(map.present(&mappings).unwrap(), [(0, 32), (40, 1), (63, 1)]);
         let runs = map.written(&mappings).unwrap();
         assert_eq!(runs, [(3, 3), (31, 1), (40, 1), (63, 1)]);
         assert_eq!(map.written(&mappings).unwrap(), []);
@@ -194,6 +225,8 @@ mod tests {
         [4, 6, 63].into_iter().for_each(write);
         assert_eq!(map.written(&mappings).unwrap(), [(4, 1), (6, 1), (63, 1)]);
         assert_eq!(map.written(&mappings).unwrap(), []);
+        // But its own they all are.
+        assert_eq!(map.own(&mappings).unwrap(), [(3, 4), (31, 1), (40, 1), (63, 1)]);
     }
 
     #[test]

@@ -45,6 +45,7 @@
 //! The protocol is measured and shown to hold in the tests; `userfaultfd(2)`, Linux 6.1 or later.
 
 pub mod generation;
+pub mod habits;
 pub mod journal;
 mod mapped;
 pub mod protocol;
@@ -67,6 +68,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
 use self::generation::{Generation, Kept, Pages};
+use self::habits::{Habits, Runs};
 use self::journal::{InFlight, Journal};
 use self::snapshot::{Snapshot, SnapshotError};
 use self::store::{Slot, Store, StoreError};
@@ -92,9 +94,6 @@ pub const CHILD_FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(FEATURES
 const CHUNK: u64 = 8 << 20;
 /// Pages around a child's fault that are mapped with it.
 const NEIGHBOURS: u32 = 16;
-/// Pages that the next child is given beforehand at most, because those before it needed them. A stock kernel that has had devices plugged
-/// in and started a program has touched 5,300, of which it waited for 480 where this was 4,096 (`cargo xtask bench inject`).
-const WARM: u32 = 8192;
 /// Most children of a child, as that may be hostile.
 const MOST: usize = 512;
 /// Faults read at a time.
@@ -195,8 +194,8 @@ pub enum Notice {
     Unshared,
     /// Nobody waits any more either, and the source is as it was before.
     Idle {
-        /// What the last child needed: for [`Pager::set_needed`] of the next page server.
-        needed: Vec<(u32, u32)>,
+        /// What is known of its children: for [`Pager::set_habits`] of the next page server.
+        habits: Habits,
     },
 }
 
@@ -418,8 +417,7 @@ pub struct Pager {
     streams: Streams,
     /// Runs that a new child is to be given beforehand.
     warming: VecDeque<(ChildId, u32, u32)>,
-    /// What the last child needed.
-    needed: Vec<(u32, u32)>,
+    habits: Habits,
     /// A fork is being made: what is armed stays armed.
     wanted: bool,
     /// There have been generations, and that there are none any more was not told yet.
@@ -461,7 +459,7 @@ impl Pager {
             open: Pages::new(pages),
             streams: Streams::default(),
             warming: VecDeque::new(),
-            needed: Vec::new(),
+            habits: Habits::default(),
             wanted: false,
             sharing: false,
             events: EventBuffer::new(EVENTS),
@@ -471,16 +469,22 @@ impl Pager {
         })
     }
 
-    /// What the next child is to be given beforehand, as runs of pages.
-    pub fn set_needed(&mut self, mut runs: Vec<(u32, u32)>) {
-        let pages = self.pages as u32;
-        runs.retain(|(first, len)| first.checked_add(*len).is_some_and(|end| end <= pages));
-        self.needed = runs;
+    /// What is known of earlier children.
+    pub fn set_habits(&mut self, habits: Habits) {
+        self.habits = habits.within(self.pages as u32);
     }
 
-    /// What the last child needed.
-    pub fn needed(&self) -> &[(u32, u32)] {
-        &self.needed
+    /// A child, which may lie, says what it had written when a program began to run in it.
+    pub fn add_written(&mut self, runs: &[(u32, u32)]) {
+        self.habits.add_written(runs, self.pages);
+    }
+
+    /// What a child that will run programs is going to write, as far as is known. None while it is still being given what it will need,
+    /// or waits to be forked.
+    pub fn to_write(&self, child: ChildId) -> Option<Runs> {
+        let waits = self.children.get(&child).is_some_and(|child| child.of == Of::Waiting);
+        let warming = self.warming.iter().any(|(warmed, ..)| *warmed == child);
+        (!waits && !warming).then(|| self.habits.to_write(self.pages))
     }
 
     /// What has happened since this was asked, and which child is to hear of it; the source where it is none.
@@ -683,7 +687,7 @@ impl Pager {
                 continue;
             };
             (child.of, child.point) = (Of::Generation(self.last), Some(self.last));
-            self.warming.extend(self.needed.iter().map(|&(first, len)| (*id, first, len)));
+            self.warming.extend(self.habits.given.iter().map(|&(first, len)| (*id, first, len)));
         }
         self.drop_unused();
     }
@@ -695,7 +699,7 @@ impl Pager {
         // One that ends in order comes by here.
         if matches!(before, Of::Generation(_)) {
             let given = std::mem::replace(&mut child.given, Pages::new(0));
-            self.remember(given);
+            self.habits.add_given(given, self.pages, NEIGHBOURS);
         }
         self.warming.retain(|(child, ..)| *child != id);
         self.drop_unused();
@@ -705,21 +709,10 @@ impl Pager {
     pub fn forget(&mut self, id: ChildId) {
         let Some(child) = self.children.remove(&id) else { return };
         if matches!(child.of, Of::Generation(_)) {
-            self.remember(child.given);
+            self.habits.add_given(child.given, self.pages, NEIGHBOURS);
         }
         self.warming.retain(|(child, ..)| *child != id);
         self.drop_unused();
-    }
-
-    /// A child has ended that was given these pages. First come those that it was not given beforehand: it has waited for them. Whether it
-    /// touched the others is not known.
-    fn remember(&mut self, given: Pages) {
-        let beforehand = self.needed.iter().flat_map(|&(first, len)| first..first + len);
-        let mut waited = given;
-        let beforehand: Vec<_> = beforehand.filter(|page| waited.take(*page)).collect();
-        let mut needed = Pages::new(self.pages);
-        waited.iter().chain(beforehand).take(WARM as usize).for_each(|page| needed.add(page));
-        self.needed = needed.runs(NEIGHBOURS);
     }
 
     /// The source's process is gone or being reset: nothing of it is watched any more. Its children keep the memory as it is.
@@ -776,7 +769,7 @@ impl Pager {
     }
 
     fn tell_idle(&mut self) {
-        self.notices.push_back((None, Notice::Idle { needed: self.needed.clone() }));
+        self.notices.push_back((None, Notice::Idle { habits: self.habits.clone() }));
     }
 
     /// Protects what is open. Writes that come meanwhile open it again.

@@ -35,6 +35,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::MsgFlags;
 
 use crate::mappings::Mappings;
+use crate::pager::habits::Habits;
 use crate::pager::journal::Journal;
 use crate::pager::protocol::{Request, Response};
 use crate::pager::{Armed, ChildId, FEATURES, GenerationId, Notice, Report};
@@ -317,7 +318,7 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Has `process`, at the other end of `wire`, serve `ram`, with a store of at most `limit` pages. `needed` is what the last
+    /// Has `process`, at the other end of `wire`, serve `ram`, with a store of at most `limit` pages. `habits` are what the last
     /// [`Notice::Idle`] said; `patience` how long it may stand still: [`PATIENCE`], mostly. `event` is called by the watchdog's thread and must not wait for a request to this.
     ///
     /// # Errors
@@ -327,7 +328,7 @@ impl PageServer {
         process: Process,
         ram: Arc<Ram>,
         limit: u32,
-        needed: Vec<(u32, u32)>,
+        habits: Habits,
         patience: Duration,
         event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, SourceError> {
@@ -335,7 +336,7 @@ impl PageServer {
         let memfd = |name| memfd_create(name, MFdFlags::MFD_CLOEXEC).map(File::from).map_err(io::Error::from);
         let (store, log) = (memfd(c"civic-store")?, memfd(c"civic-journal")?);
         let journal = Journal::new(&log)?;
-        let begin = Request::Begin { mappings: ram.mappings().clone(), limit, needed };
+        let begin = Request::Begin { mappings: ram.mappings().clone(), limit, habits };
         wire.send(&begin, &[uffd.as_fd(), ram.memfd().as_fd(), store.as_fd(), log.as_fd()])?;
         match wire.receive(ANSWER)?.0 {
             Response::Done => (),

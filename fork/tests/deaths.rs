@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use civic_fork::hello::{Hello, Role, VERSION, Visitor, socket};
 use civic_fork::mappings::Mappings;
+use civic_fork::pager::habits::Habits;
 use civic_fork::pager::protocol::Response;
 use civic_fork::pager::{FEATURES, Notice, watch_child};
 use civic_fork::ram::{PAGE, Ram};
@@ -93,7 +94,16 @@ impl Source {
         let (tell, events) = channel();
         let event = move |event| drop(tell.send(event));
         (
-            PageServer::begin(wire, process, Arc::clone(&self.ram), PAGES as u32 * 2, vec![], PATIENCE, event).unwrap(),
+            PageServer::begin(
+                wire,
+                process,
+                Arc::clone(&self.ram),
+                PAGES as u32 * 2,
+                Habits::default(),
+                PATIENCE,
+                event,
+            )
+            .unwrap(),
             child,
             events,
         )

@@ -40,6 +40,7 @@ use civic_devices::virtio::rng::Rng;
 use civic_devices::virtio::vsock::Vsock;
 use civic_devices::virtio::{GuestRam, VirtioDevice};
 use civic_fork::lazy::LazyMemory;
+use civic_fork::ram::PAGE;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use tracing::info;
@@ -385,6 +386,24 @@ impl Machine {
             plugged.function.resume();
         }
         self.vcpus.run();
+    }
+
+    /// Has KVM map pages that are there, so that the guest need not leave for each: runs of pages of the memory file. Returns how many pages
+    /// were mapped: none where this host's KVM cannot (before Linux 6.11, or without two-dimensional paging). The vCPUs must be paused.
+    pub fn map(&self, runs: &[(u32, u32)]) -> u64 {
+        let regions = self.sockets.layout.ram_regions();
+        let within = |&(first, pages): &(u32, u32)| {
+            let (start, end) = (u64::from(first) * PAGE as u64, (u64::from(first) + u64::from(pages)) * PAGE as u64);
+            regions.iter().filter_map(move |(gpa, len, offset)| {
+                let (from, to) = (start.max(*offset), end.min(offset + len));
+                (from < to).then(|| (gpa.0 + (from - offset), to - from))
+            })
+        };
+        let ranges: Vec<_> = runs.iter().flat_map(within).collect();
+        let map = |fd: &VcpuFd, _, ranges: Vec<(u64, u64)>| {
+            ranges.into_iter().map_while(|(gpa, bytes)| kvm::slots::map(fd, gpa, bytes).ok()).sum::<u64>()
+        };
+        self.vcpus.hand(0, vec![ranges], map).into_iter().flatten().sum::<u64>() / PAGE as u64
     }
 
     /// The same after a time in which the guest's clock has gone on without it: its watchdogs are told why.

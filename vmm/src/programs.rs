@@ -18,7 +18,9 @@ use civic_api::ProgramInfo;
 use civic_devices::virtio::GuestRam;
 use civic_guest::memory::{Gva, PhysicalMemory};
 use civic_guest::paging::AddressSpace;
-use civic_inject::wire::{FromGuest, HEADER, MAX_PAYLOAD, Malformed, OP_RECV, OP_SEND, ToGuest, UNMAPPED, split};
+use civic_inject::wire::{
+    FromGuest, HEADER, MAX_PAYLOAD, Malformed, OP_RECV, OP_SEND, Stage, ToGuest, UNMAPPED, split,
+};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::VcpuFd;
 use tokio::sync::Notify;
@@ -77,6 +79,8 @@ struct Talk {
     from_guest: VecDeque<u8>,
     /// The loader has said its first word.
     greeted: bool,
+    /// It has become the program.
+    runs: bool,
     /// There will be no more frames from the guest.
     over: bool,
     /// Why that is, if it was not the loader's will.
@@ -157,15 +161,24 @@ impl Session {
 
     /// Waits for the loader's first word; false if it is not heard by `deadline`.
     pub fn greeted(&self, deadline: Instant) -> bool {
+        self.wait(deadline, |talk| talk.greeted)
+    }
+
+    /// Waits until the program itself runs; false if it does not by `deadline`, or will not.
+    pub fn runs(&self, deadline: Instant) -> bool {
+        self.wait(deadline, |talk| talk.runs)
+    }
+
+    fn wait(&self, deadline: Instant, what: impl Fn(&Talk) -> bool) -> bool {
         let mut talk = self.talk();
-        while !talk.greeted && !talk.over {
+        while !what(&talk) && !talk.over {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
             talk = self.heard.wait_timeout(talk, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        talk.greeted
+        what(&talk)
     }
 
     /// Whether the caller is the first who wants to listen, and so the one.
@@ -264,6 +277,7 @@ impl Talk {
         while let Some((frame, len)) = split(&self.partial[done..])? {
             match FromGuest::decode(frame)? {
                 FromGuest::Hello { .. } => self.greeted = true,
+                FromGuest::Stage { stage: Stage::Execed, .. } => self.runs = true,
                 FromGuest::Exited(_) | FromGuest::Failed { .. } => self.over = true,
                 _ => {}
             }

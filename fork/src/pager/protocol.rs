@@ -22,6 +22,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::habits::{Habits, Runs};
 use super::{Armed, ChildId, GenerationId, Notice, Report};
 use crate::mappings::Mappings;
 
@@ -34,8 +35,8 @@ pub enum Request {
         mappings: Mappings,
         /// Most pages in the store.
         limit: u32,
-        /// What the last child of the source needed first, as runs of pages.
-        needed: Vec<(u32, u32)>,
+        /// What is known of the source's earlier children.
+        habits: Habits,
     },
     /// A child that waits: with its userfaultfd and its lifeline; of a child, also with its process's pidfd, and its leash if it is jailed.
     Adopt {
@@ -76,6 +77,13 @@ pub enum Request {
     },
     /// From a child: it has other memory now, and its disks are as they were.
     Independent,
+    /// From a child that will run programs: say when it has been given all that earlier ones needed, and what it is going to write.
+    Expect,
+    /// From a child: it had written these pages when a program began to run in it.
+    Wrote {
+        /// They.
+        runs: Runs,
+    },
     /// The source has its memory no more. Its children keep it as it is.
     Leave,
     /// What has been done.
@@ -93,6 +101,8 @@ pub enum Response {
     Armed(Armed),
     /// To [`Request::Freeze`].
     Frozen(GenerationId),
+    /// To [`Request::Expect`].
+    Expected(Runs),
     /// To [`Request::Report`].
     Report(Box<Report>),
     /// It cannot be done.

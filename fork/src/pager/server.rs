@@ -115,12 +115,14 @@ struct Server {
     lifelines: BTreeMap<ChildId, Wire>,
     /// The source waits to hear that it may be paused.
     arming: bool,
+    /// Children that wait to hear that they have been given what they will need.
+    expecting: Vec<ChildId>,
 }
 
 impl Server {
     fn begin(wire: Wire) -> Result<Self, ServeError> {
         let (request, fds) = wire.receive(PATIENCE)?;
-        let Request::Begin { mappings, limit, needed } = request else {
+        let Request::Begin { mappings, limit, habits } = request else {
             return Err(ServeError::Beginning("another request"));
         };
         let [uffd, ram, store, journal]: [OwnedFd; 4] =
@@ -130,14 +132,22 @@ impl Server {
         let journal = File::from(journal);
         let map = |file| Journal::new(file).map_err(ServeError::System);
         let mut pager = Pager::new(File::from(ram), uffd, mappings, store, map(&journal)?)?;
-        pager.set_needed(needed);
+        pager.set_habits(habits);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&wire, Token::Wire.event(EpollFlags::EPOLLIN))?;
         if let Some(source) = pager.source() {
             epoll.add(source, Token::Source.event(EpollFlags::EPOLLIN))?;
         }
         wire.send(&Response::Done, &[])?;
-        Ok(Self { wire, pager, journal: map(&journal)?, epoll, lifelines: BTreeMap::new(), arming: false })
+        Ok(Self {
+            wire,
+            pager,
+            journal: map(&journal)?,
+            epoll,
+            lifelines: BTreeMap::new(),
+            arming: false,
+            expecting: Vec::new(),
+        })
     }
 
     fn run(&mut self) -> Result<(), ServeError> {
@@ -166,9 +176,21 @@ impl Server {
                 self.arming = false;
                 self.answer(&Response::Armed(armed));
             }
+            for child in std::mem::take(&mut self.expecting) {
+                self.answer_expecting(child);
+            }
             self.tell();
         }
         Ok(())
+    }
+
+    /// Tells a child what it is going to write, once it has been given what it will need.
+    fn answer_expecting(&mut self, child: ChildId) {
+        match self.pager.to_write(child) {
+            Some(runs) => self.tell_child(child, &Response::Expected(runs)),
+            None if self.lifelines.contains_key(&child) => self.expecting.push(child),
+            None => (),
+        }
     }
 
     /// Obeys what the source says. False if it is gone.
@@ -200,6 +222,8 @@ impl Server {
         let Some(lifeline) = self.lifelines.get(&child) else { return };
         match lifeline.try_receive::<Request>() {
             Ok(None) => (),
+            // Its next request comes after the answer: one that does not wait for it is told twice at most.
+            Ok(Some((Request::Expect, _))) if !self.expecting.contains(&child) => self.answer_expecting(child),
             Ok(Some((request, fds))) => {
                 let response = self.obey_child(child, request, fds);
                 self.tell_child(child, &response);
@@ -237,6 +261,10 @@ impl Server {
                     let _ = self.epoll.delete(uffd);
                 }
                 self.pager.set_independent(owner);
+                Response::Done
+            }
+            Request::Wrote { runs } => {
+                self.pager.add_written(&runs);
                 Response::Done
             }
             Request::Report => Response::Report(Box::new(self.pager.report(Some(owner)))),
@@ -278,7 +306,9 @@ impl Server {
                 Response::Done
             }
             Request::Report => Response::Report(Box::new(self.pager.report(None))),
-            Request::FreezeChild { .. } | Request::Independent => Response::Refused("it is no child".into()),
+            Request::FreezeChild { .. } | Request::Independent | Request::Expect | Request::Wrote { .. } => {
+                Response::Refused("it is no child".into())
+            }
             // The pulse has been given.
             Request::Ping => return,
         };

@@ -2,7 +2,6 @@
 //!
 //! Every page says which version it is, in every word, so that a page that is torn, of the wrong time or of the wrong place shows.
 
-use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -649,23 +648,27 @@ fn the_next_child_is_given_what_the_last_one_needed() {
 }
 
 #[test]
-fn what_was_waited_for_is_remembered_before_what_was_not() {
-    let pages = 3 * WARM;
-    let machine = Machine::new(&[u64::from(pages) * P]);
+fn what_earlier_children_have_written_is_told_when_all_is_given() {
+    let machine = Machine::new(&[1024 * P]);
+    (0..1024).for_each(|page| machine.write(page));
     let served = Served::new(&machine.ram, 1000);
-    // As if children had been given these: all that may be kept, some of it again with something else, and nothing new.
-    let given = |range: Range<u32>, more: Range<u32>| {
-        let mut given = Pages::new(pages as usize);
-        range.chain(more).for_each(|page| given.add(page));
-        served.ask(move |pager| pager.remember(given));
-        let runs = served.ask(|pager| pager.needed().to_vec());
-        assert!(runs.iter().all(|(_, len)| *len <= NEIGHBOURS));
-        runs.into_iter().flat_map(|(first, len)| first..first + len).collect::<Vec<_>>()
+    let first = Fork::of(&machine, &served, 1);
+    (0..512).step_by(20).for_each(|page| first.check(page));
+    served.ask(|pager| (0..2).for_each(|_| pager.add_written(&[(7, 2)])));
+    assert_eq!(served.ask(|pager| pager.to_write(1)), Some(vec![(7, 2)]));
+    served.ask(|pager| pager.forget(1));
+    served.wait_idle();
+    let second = Fork::of(&machine, &served, 2);
+    let told = loop {
+        if let (Some(told), given) = served.ask(|pager| (pager.to_write(2), pager.children[&2].given.count())) {
+            assert!(given >= 26, "{given}");
+            break told;
+        }
+        std::thread::yield_now();
     };
-    assert!(given(0..pages, 0..0).into_iter().eq(0..WARM));
-    let more = 2 * WARM..2 * WARM + 100;
-    assert!(given(0..WARM, more.clone()).into_iter().eq((0..WARM - 100).chain(more)));
-    assert!(given(50..WARM, 0..0).into_iter().eq(50..WARM));
+    assert_eq!(told, [(7, 2)]);
+    drop(second);
+    served.ask(|pager| pager.forget(2));
 }
 
 #[test]

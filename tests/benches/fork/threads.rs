@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use civic_fork::hello::{Role, Visitor, socket};
 use civic_fork::mappings::Mappings;
+use civic_fork::pager::habits::Habits;
 use civic_fork::pager::{open_child, watch_child};
 use civic_fork::ram::Ram;
 use civic_fork::source::{PATIENCE, PageServer, PageService, Process};
@@ -52,8 +53,8 @@ pub fn first_writes(order: Order) -> Vec<f64> {
     let write = |page: usize| memory.write_obj(1_u64, GuestAddress((page * PAGE) as u64)).expect("it is memory");
     (0..PAGES).for_each(write);
     let ram = Arc::new(Ram::new(Arc::clone(&memory)).expect("it is one memfd"));
-    let server =
-        PageServer::begin(wire, visitor.process, ram, PAGES as u32, vec![], PATIENCE, |_| ()).expect("it serves");
+    let server = PageServer::begin(wire, visitor.process, ram, PAGES as u32, Habits::default(), PATIENCE, |_| ())
+        .expect("it serves");
 
     let private = map(&memfd, libc::MAP_PRIVATE);
     let mappings = Mappings::of_private(&private).expect("it is private");

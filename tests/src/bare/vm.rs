@@ -709,6 +709,7 @@ impl Vm {
             overlay_dir: Some(setup.root().to_owned()),
             source_net: SourceNet::default(),
             devices: devices.to_vec(),
+            for_programs: true,
         };
         let request = serde_json::to_string(&request).expect("a request is JSON");
         let spawned = setup.spawn(&setup.write_config(&request));

@@ -37,6 +37,7 @@ pub struct Birth {
     source: String,
     client: Client,
     names: Vec<String>,
+    for_programs: bool,
     starting: JoinSet<anyhow::Result<(usize, Monitor)>>,
     monitors: Vec<Option<Monitor>>,
     /// If it was started by us.
@@ -53,10 +54,17 @@ impl Birth {
             source: source.into(),
             client,
             names,
+            for_programs: false,
             starting: JoinSet::new(),
             monitors,
             page_server: None,
         }
+    }
+
+    /// Programs will be started in them, with a store or without.
+    pub fn for_programs(mut self) -> Self {
+        self.for_programs = true;
+        self
     }
 
     /// Starts the monitors, and the page server if there is none; returns when all children wait. Where this is given up, [`Birth::give_up`]
@@ -136,6 +144,7 @@ impl Birth {
             overlay_dir: args.overlay_dir.clone(),
             source_net: args.source_net.into(),
             devices,
+            for_programs: self.for_programs || args.store.is_some(),
         }))
     }
 }

@@ -162,7 +162,7 @@ impl Inspection<'_> {
         let reserved = (0..count).map(|_| Reserved::new(self.dir, source)).collect::<Result<Vec<_>>>()?;
         let names = reserved.iter().map(|reserved| reserved.name().to_owned()).collect();
         let until = if self.args.keep { Until::Told } else { Until::WeEnd };
-        let mut birth = Birth::new(self.dir, source, names);
+        let mut birth = Birth::new(self.dir, source, names).for_programs();
         let mut stop = self.stop.clone();
         let made = tokio::select! {
             made = async {

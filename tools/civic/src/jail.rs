@@ -248,6 +248,7 @@ mod tests {
             overlay_dir: Some("/scratch".into()),
             source_net: SourceNet::default(),
             devices: vec![NewDevice::Disk(DiskConfig::new("own", "/own.img"))],
+            for_programs: false,
         });
         let said = monitor(&JailSpec::default(), &request).unwrap();
         let wanted = "--write /own.img --scratch /scratch --device /dev/kvm --device /dev/userfaultfd --device /dev/null --net none \

@@ -8,7 +8,7 @@ use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use civic_api::launch::{ForkConfig, SourceNet};
 use civic_api::{ErrorBody, ErrorCode, NewDevice, VmConfig};
@@ -17,6 +17,7 @@ use civic_fork::hello::{Hello, Role, VERSION};
 use civic_fork::mappings::Mappings;
 use civic_fork::pager::{Notice, open_child, watch_child};
 use civic_fork::wire::{Wire, WireError};
+use tracing::debug;
 
 use super::disks::DiskParts;
 use super::{BootFiles, Go, PATIENCE, ToChild, ToSource};
@@ -50,6 +51,7 @@ pub struct Conceived {
     /// For its guest's resets; until it has resources.
     boot: Option<BootFiles>,
     own: Vec<(NewDevice, Opened)>,
+    for_programs: bool,
     /// What it is to be.
     pub config: VmConfig,
     /// Of whom.
@@ -85,7 +87,7 @@ impl Conceived {
         let places = OpenIn { logs: dir.to_owned(), overlays: overlays.clone() };
         let open = |device: &NewDevice| Ok((device.clone(), Opened::new(device, &places)?));
         let own = request.devices.iter().map(open).collect::<Result<_, ErrorBody>>()?;
-        Ok(Self { link, ram, overlays, boot, own, config, source })
+        Ok(Self { link, ram, overlays, boot, own, for_programs: request.for_programs, config, source })
     }
 
     /// What it is to have besides memory and disks; see [`Resources::of_fork`].
@@ -107,7 +109,7 @@ impl Conceived {
         mirrors: Vec<MirrorEnds>,
         report: impl Fn(GuestEvent) + Clone + Send + Sync + 'static,
     ) -> Result<Unborn, ErrorBody> {
-        let Self { link, ram, overlays, own, config, .. } = self;
+        let Self { link, ram, overlays, own, for_programs, config, .. } = self;
         resources.places.overlays.clone_from(&overlays);
         let layout = Layout::new(config.memory_bytes).map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))?;
         let memory =
@@ -133,7 +135,7 @@ impl Conceived {
         // Only the source has them now: where it closes them, nothing comes any more.
         drop(mirrors);
         match link.receive::<ToChild>(PATIENCE).map_err(|e| broken(&e))?.0 {
-            ToChild::Registered => Ok(Unborn { link, lifeline, blank, overlays, own, config, resources }),
+            ToChild::Registered => Ok(Unborn { link, lifeline, blank, overlays, own, for_programs, config, resources }),
             ToChild::Refused { why } => Err(failed(why)),
             _ => Err(failed("the source says something else than what it should")),
         }
@@ -164,6 +166,7 @@ pub struct Unborn {
     overlays: PathBuf,
     /// What it has besides what its source has.
     own: Vec<(NewDevice, Opened)>,
+    for_programs: bool,
     config: VmConfig,
     resources: Resources,
 }
@@ -199,7 +202,7 @@ impl Unborn {
     /// # Errors
     /// When the source is gone, or its state cannot be this machine's. The source has been told.
     pub fn birth(self) -> Result<Born, ErrorBody> {
-        let Self { link, lifeline, blank, overlays, own, config: before, mut resources } = self;
+        let Self { link, lifeline, blank, overlays, own, for_programs, config: before, mut resources } = self;
         let link = Link(link);
         let (go, fds) = match link.0.receive::<ToChild>(Duration::MAX) {
             Ok((ToChild::Go(go), fds)) => (go, fds),
@@ -231,6 +234,9 @@ impl Unborn {
                 machine.plug(&config, &device, &opened, true)?;
                 resources.add(opened);
             }
+            if for_programs {
+                prepare(&machine, &lifeline.branch);
+            }
             Ok((machine, config))
         })();
         let (machine, config) = match made {
@@ -242,6 +248,21 @@ impl Unborn {
             }
         };
         Ok(Born { machine, config, resources, go, lifeline, link })
+    }
+}
+
+/// Brings the memory that earlier forks have needed whose guests had programs started. Without, it comes when it is touched.
+fn prepare(machine: &Machine, server: &Branch) {
+    let begun = Instant::now();
+    match server.prepare() {
+        Ok(runs) => {
+            let there: u64 = runs.iter().map(|(_, len)| u64::from(*len)).sum();
+            let mapped = machine.map(&runs);
+            let us = begun.elapsed().as_micros() as u64;
+            debug!(there, mapped, us, "pages that earlier forks have needed are there");
+        }
+        // Whatever it is, it shows again where it matters.
+        Err(e) => debug!("nothing is there beforehand: {e}"),
     }
 }
 

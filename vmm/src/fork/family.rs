@@ -22,6 +22,7 @@ use civic_fork::disk::Generation as DiskGeneration;
 use civic_fork::hello::{Role, VERSION, Visitor};
 use civic_fork::huge;
 use civic_fork::mappings::Mappings;
+use civic_fork::pager::habits::Habits;
 use civic_fork::pager::times::Times;
 use civic_fork::pager::{CHILDREN, ChildId, ChildReport, Counters, GenerationId, Notice};
 use civic_fork::ram::{PAGE, Ram};
@@ -194,8 +195,8 @@ struct Inner {
     pins: u32,
     /// Of which fork of its parent it is; 0 until there is one.
     born_of: GenerationId,
-    /// What the last child needed first.
-    needed: Vec<(u32, u32)>,
+    /// What is known of its children's memory.
+    habits: Habits,
 }
 
 /// See the module's documentation.
@@ -458,10 +459,10 @@ impl Family {
             if let Some(connected) = connected {
                 inner.servers += 1;
                 inner.beginning = true;
-                let (number, needed) = (inner.servers, std::mem::take(&mut inner.needed));
+                let (number, habits) = (inner.servers, std::mem::take(&mut inner.habits));
                 drop(inner);
                 let server = origin.split().and_then(|()| {
-                    self.begin(connected, &origin, number, needed).map_err(|e| {
+                    self.begin(connected, &origin, number, habits).map_err(|e| {
                         ErrorBody::from_error(ErrorCode::ForkFailed, &e)
                             .with_hint("'civic doctor' says what this host lacks")
                     })
@@ -492,7 +493,7 @@ impl Family {
         (wire, process): (Wire, Process),
         origin: &Arc<Origin>,
         number: u32,
-        needed: Vec<(u32, u32)>,
+        habits: Habits,
     ) -> Result<Arc<PageServer>, SourceError> {
         let no_ram = || SourceError::Refused("the memory is another VM's".into());
         let ram = origin.ram.as_ref().ok_or_else(no_ram)?;
@@ -504,7 +505,7 @@ impl Family {
                 family.heed(number, &keeper, event);
             }
         };
-        PageServer::begin(wire, process, Arc::clone(ram), limit, needed, patience(), event).map(Arc::new)
+        PageServer::begin(wire, process, Arc::clone(ram), limit, habits, patience(), event).map(Arc::new)
     }
 
     /// The page server has done all that it was asked before: what it tells from now on is of now.
@@ -706,10 +707,10 @@ impl Family {
                 drop(inner);
                 self.settle();
             }
-            Event::Notice(Notice::Idle { needed }) => {
+            Event::Notice(Notice::Idle { habits }) => {
                 let mut inner = self.inner();
                 if inner.former.iter().all(|serving| serving.number != number) {
-                    (inner.needed, inner.idle) = (needed, true);
+                    (inner.habits, inner.idle) = (habits, true);
                 }
                 drop(inner);
                 self.settle();

@@ -1,11 +1,12 @@
 //! Memory slots: where guest RAM appears, and what is shown to the guest beside it.
 #![allow(unsafe_code)]
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use civic_devices::virtio::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use nix::errno::Errno;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, MmapRegion,
@@ -35,6 +36,26 @@ pub fn insert_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
         unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::refused("map guest memory"))?;
     }
     Ok(())
+}
+
+mod ioctl {
+    #![allow(missing_docs, clippy::undocumented_unsafe_blocks)] // nix's macro writes the function.
+
+    nix::ioctl_readwrite!(pre_fault_memory, kvm_bindings::KVMIO, 0xd5, kvm_bindings::kvm_pre_fault_memory);
+}
+
+/// Maps guest memory before the guest touches it (`KVM_PRE_FAULT_MEMORY`, Linux 6.11; api.rst §4.143): `bytes` from `gpa` on, in whole
+/// pages. What is not there is waited for. Returns how many bytes there are to map, all of which were mapped.
+///
+/// # Errors
+/// When the host's KVM cannot.
+pub fn map(vcpu: &VcpuFd, gpa: u64, bytes: u64) -> Result<u64, Errno> {
+    let mut range = kvm_bindings::kvm_pre_fault_memory { gpa, size: bytes, ..Default::default() };
+    while range.size > 0 {
+        // SAFETY: the descriptor is a vCPU's, and `range` a live structure of the call's type, which it writes what is left to.
+        unsafe { ioctl::pre_fault_memory(vcpu.as_raw_fd(), &raw mut range) }?;
+    }
+    Ok(bytes)
 }
 
 /// Memory beside RAM that the guest sees as long as this lives.

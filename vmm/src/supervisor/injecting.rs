@@ -22,7 +22,7 @@ use civic_inject::code::Mailbox;
 use civic_inject::hook::Progress;
 use civic_inject::plan::Plan;
 use nix::errno::Errno;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::examining::Contents;
 use super::launching::launch;
@@ -38,6 +38,8 @@ pub type Operation = Box<dyn FnOnce(&mut Supervisor) + Send>;
 const GRACE: Duration = Duration::from_secs(5);
 /// How long a loader takes that may use its port, as a rule.
 const SOON: Duration = Duration::from_millis(500);
+/// How long a loader may take until the program runs for what was written until then to mean anything.
+const LONG: Duration = Duration::from_secs(60);
 /// Between two tries to take away what somebody is still in.
 const AGAIN: Duration = Duration::from_millis(2);
 
@@ -54,9 +56,13 @@ impl Supervisor {
             Err(e) => return drop(reply.send(Err(e))),
         };
         let sender = self.sender.clone();
+        // The first of a fork's programs shows what the kernel does for it; the others find that done.
+        let server = self.lifeline.as_ref().map(|lifeline| Arc::clone(&lifeline.branch));
+        let server = server.filter(|_| order.session.id() == 1);
         let start = move || {
             let session = Arc::clone(&order.session);
             let started = order.start();
+            let runs = started.is_ok();
             if let Err(e) = &started {
                 warn!(program = session.id(), "not started: {}", e.message);
                 session.fail(&e.message);
@@ -64,6 +70,11 @@ impl Supervisor {
             }
             let _ = sender.send(Message::Injected);
             let _ = reply.send(started.map(Answer::Started));
+            if let Some(server) = server.filter(|_| runs && session.runs(Instant::now() + LONG))
+                && let Err(e) = server.tell_written()
+            {
+                debug!("later forks will not know what this one has written: {e}");
+            }
         };
         self.injecting = true;
         // The reply is lost with the thread; dropping it is answered.
