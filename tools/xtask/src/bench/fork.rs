@@ -96,7 +96,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
         vsock: None,
         more: more.to_vec(),
     };
-    let (control, sockets) = (tools.work.join("source.qmp"), Sockets::new(&tools.work));
+    let (control, sockets) = (tools.work.join("source.qmp"), Sockets::new(&tools.work, "second"));
     let (ours, peer) = (spec(Monitor::Civic, &[]), spec(Monitor::Q35, &["-qmp".to_owned(), listens(&control)]));
     let second = spec(Monitor::Q35, &sockets.options());
     for (name, spec) in [("civic, source", &ours), ("qemu, source", &peer), ("qemu, second", &second)] {

@@ -4,27 +4,28 @@
 //! ```text
 //!              not counted                             counted
 //!  civic       fork --paused --store, console        │ resume, POST /v1/programs ………………………… the program ─▶ its word on the console
-//!  paper       clone, stop, device_add of the store  │ gdb: breakpoint, code, jump ─▶ loader script ─▶ the program ─▶ its word
+//!  paper       post-copy, device_add of the store    │ gdb: breakpoint, code, jump ─▶ loader script ─▶ the program ─▶ its word
 //!  bare stub   stop, device_add of the store         │ GDB stub: code, jump ─▶ continue ……………… the program ─▶ its word
 //! ```
 //!
 //! `paper` is what is promised against (`inject/paper.rs`, with the parts of `peer.rs`): the paper's pipeline with the paper's tools, on a clone. What
 //! QEMU's part of it costs by itself, without clone, GDB and script, is `bare stub` (`inject/bare.rs`): no way to look into a VM, only shown.
 //!
-//! The same kernel, initramfs and store: an ext4 file system with a static busybox, whose shell writes a line to the serial console.
-//! That is the first that can be seen of the program on all sides; Civic's loader also tells when it has executed it. Each round starts two
+//! The same kernel, initramfs and store: an ext4 file system with a static program that does nothing but write a line to the console
+//! (`inject/word.rs`). That is the first that can be seen of the program on all sides; Civic's loader also tells when it has executed it. Each round starts two
 //! programs in the guest: one just after the store was plugged in, and one again, when the guest has found it. Who is not measured stands
 //! still; Civic's guest is forked and the paper's cloned for each round, that of the bare stub is tidied up and goes on.
 //!
 //! A source looks for its kernel when it is first forked, and its later forks know it. So Civic finds the kernel within what is counted in
-//! the first round only, which warms up and is shown by itself (`unknown`): one sample, and everything else in it is cold too. Both of
-//! QEMU's are told the addresses beforehand.
+//! the first round only, which is shown by itself (`unknown`): one sample, and everything else in it is cold too. What forks need of memory is
+//! brought beforehand once two have shown it, so the rounds up to then warm up. Both of QEMU's are told the addresses beforehand.
 //!
 //! A stage's row has all of the peer's time beside it, so that its ratio says how much of that it is. Stages of the loader are told in ticks
 //! of the guest's time stamp counter, whose rate the guest's kernel tells.
 
 mod bare;
 mod paper;
+mod word;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -50,14 +51,16 @@ const MEMORY_MIB: u32 = 256;
 const CPUS: u8 = 1;
 /// How long anything may take that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Rounds that are not counted.
+const WARM_UP: usize = 3;
 /// The time, as a share of the peer's.
 const TIME: f64 = 0.1;
 /// Where QEMU's guests have the store, and what is on it.
 const FOLDER: &str = "/mnt";
-const BUSYBOX: &str = "/mnt/bin/busybox";
+const WORD: &str = "/mnt/word";
 const LOADER: &str = "/mnt/loader";
-/// The paper's loader: its argument is what the program is to do.
-const LOADER_SCRIPT: &str = "#!/bin/sh\nexec /mnt/bin/busybox sh -c \"$1\"\n";
+/// The paper's loader: its argument is the program's.
+const LOADER_SCRIPT: &str = "#!/bin/sh\nexec /mnt/word \"$1\"\n";
 /// Who is measured.
 const NAMES: [&str; 3] = ["civic", "paper", "bare stub"];
 /// Civic's stages, as its monitor calls them.
@@ -75,11 +78,6 @@ const LOADERS: [(Stage, &str); 5] = [
 struct Program(String);
 
 impl Program {
-    /// Not by the guest's serial port itself: a session that ends takes its terminal along.
-    fn script(&self) -> String {
-        format!("echo {} > /dev/console", self.0)
-    }
-
     fn line(&self) -> String {
         format!("{}\r\n", self.0)
     }
@@ -96,7 +94,7 @@ struct Run {
 pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, report: &mut Report) -> Result<()> {
     let rounds = rounds.map_or(if quick { 5 } else { 30 }, usize::from);
     let stores = ["civic", "paper", "bare"].map(|who| tools.work.join(format!("store-{who}.img")));
-    store::make(tools, &[], &[("loader", LOADER_SCRIPT)], &stores)?;
+    store::make(tools, &[], &[("loader", LOADER_SCRIPT.as_bytes()), ("word", &word::program())], &stores)?;
     let [civics_store, papers_store, bare_store] = stores;
     let spec = |monitor, cmdline: &str, more: Vec<String>| Spec {
         monitor,
@@ -118,21 +116,23 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     };
     let [source, bare] = ["source", "bare"].map(|who| Listening::new(tools, who));
     let (papers, bares) = (qemu(source.options()), qemu(bare.options()));
-    let sockets = Sockets::new(&tools.work);
-    let second = qemu(sockets.options().into_iter().chain(sockets.stub_options()).collect());
-    for (name, spec) in [("civic", &ours), ("qemu, source", &papers), (SECOND, &second), (BARE, &bares)] {
+    let sockets = ["second", "clone"].map(|who| Sockets::new(&tools.work, who));
+    let second = qemu(sockets[0].options());
+    let clone = qemu(sockets[1].deferred_options().into_iter().chain(sockets[1].stub_options()).collect());
+    let peers = [("qemu, source", &papers), ("qemu, second", &second), (CLONE, &clone), (BARE, &bares)];
+    for (name, spec) in [("civic", &ours)].into_iter().chain(peers) {
         report.command(name, line(&tools.command(spec, "NAME")));
     }
     let mut civic = Civic::new(tools, booted(tools, &ours, "civic")?, civics_store)?;
     let guest = booted(tools, &papers, "source")?;
     let Listening { control, stub } = source;
-    let mut paper = Paper::new(tools, paper::Parts { guest, control, stub, second, sockets, store: papers_store })?;
+    let mut paper =
+        Paper::new(tools, paper::Parts { guest, control, stub, second, clone, sockets, store: papers_store })?;
     let mut bare = Bare::new(booted(tools, &bares, "bare")?, &bare.control, bare.stub, bare_store)?;
 
     let (mut firsts, mut agains): ([Vec<Run>; 3], [Vec<Run>; 3]) = Default::default();
-    // The first round warms up.
-    for round in 0..=rounds {
-        progress(&format!("starting programs from outside: round {round} of {rounds}"));
+    for round in 0..WARM_UP + rounds {
+        progress(&format!("starting programs from outside: round {} of {}", round + 1, WARM_UP + rounds));
         for who in (0..NAMES.len()).map(|n| (n + round) % NAMES.len()) {
             let programs = ["first", "again"].map(|which| Program(format!("CIVIC-BENCH-PROGRAM-{which}-{round}")));
             let done = match who {
@@ -147,14 +147,14 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     }
     bare.finish()?;
     let mut table = Table(report);
-    table.rows("", &firsts.each_ref().map(|runs| &runs[1..]), Promise::RatioAtMost(TIME));
-    table.rows(".again", &agains.each_ref().map(|runs| &runs[1..]), Promise::RatioAtMost(TIME));
+    table.rows("", &firsts.each_ref().map(|runs| &runs[WARM_UP..]), Promise::RatioAtMost(TIME));
+    table.rows(".again", &agains.each_ref().map(|runs| &runs[WARM_UP..]), Promise::None);
     table.rows(".unknown", &firsts.each_ref().map(|runs| &runs[..1]), Promise::None);
     Ok(())
 }
 
 /// The two of QEMU that are measured, in the report.
-const SECOND: &str = "qemu, second";
+const CLONE: &str = "qemu, clone";
 const BARE: &str = "qemu, bare stub";
 
 /// Where a QEMU listens.
@@ -181,12 +181,12 @@ impl Table<'_> {
     /// All, and then the stages of Civic: runs of [`NAMES`].
     fn rows(&mut self, name: &str, [ours, paper, bare]: &[&[Run]; 3], promise: Promise) {
         let took = |runs: &[Run]| runs.iter().map(|run| run.took).collect::<Samples>();
-        let (whole, pipeline) = (format!("inject.first_instruction{name}"), "the paper's way: clone, gdb, script");
-        self.row(whole.clone(), promise, took(ours), took(paper), SECOND, pipeline);
+        let (whole, pipeline) = (format!("inject.first_instruction{name}"), "the paper's way: post-copy, gdb, script");
+        self.row(whole.clone(), promise, took(ours), took(paper), CLONE, pipeline);
         self.row(format!("{whole}.beside_bare_stub"), Promise::None, took(ours), took(bare), BARE, "no clone, no gdb");
         for (at, (stage, _)) in ours.first().into_iter().flat_map(|run| run.stages.iter().enumerate()) {
             let of = ours.iter().map(|run| run.stages[at].1).collect();
-            self.row(format!("inject{name}.{stage}"), Promise::None, of, took(paper), SECOND, pipeline);
+            self.row(format!("inject{name}.{stage}"), Promise::None, of, took(paper), CLONE, pipeline);
         }
     }
 
@@ -239,7 +239,7 @@ impl<'a> Civic<'a> {
 
     /// From a fork that stands still until a program in it speaks; afterwards that has ended and the fork runs.
     fn start(&self, child: &mut Guest, program: &Program, clock: &Clock) -> Result<Run> {
-        let argv = ["/bin/busybox", "sh", "-c", &program.script()];
+        let argv = ["/word", &program.0];
         let (mark, call) = (clock.mark(), Instant::now());
         child.ask("POST", "/v1/resume", &Value::Null)?;
         let resumed = call.elapsed();

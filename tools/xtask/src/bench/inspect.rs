@@ -82,7 +82,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     let rounds = rounds.map_or(if quick { 3 } else { 15 }, usize::from);
     let stores = ["civic", "paper"].map(|who| tools.work.join(format!("inspect-{who}.img")));
     let lookers: Vec<_> = LOOKERS.iter().map(|name| find(name)).collect::<Result<_>>()?;
-    store::make(tools, &lookers, &[("loader", paper::LOADER)], &stores)?;
+    store::make(tools, &lookers, &[("loader", paper::LOADER.as_bytes())], &stores)?;
     let mut first = Samples::default();
     for memory in if quick { &MEMORIES[..1] } else { &MEMORIES } {
         let runs = of_memory(tools, clock, *memory, rounds, &stores, report)?;

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  paper                                       here
-//!  post-copy migration, source runs on         background-snapshot, streamed into a second QEMU             clone.rs
+//!  post-copy migration, source runs on         background-snapshot, streamed into a second QEMU; where the  clone.rs
+//!                                              source is not looked at, a third by post-copy from that
 //!  disk COW                                    blockdev-snapshot: the second one's disk is based on it      bench/inspect
 //!  drive_add, host_net_add                     device_add into root ports                                   [`plug_store`]
 //!  GDB at QEMU's stub                          the same: `gdb`, with a script                               gdb.rs

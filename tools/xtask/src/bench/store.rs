@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use super::guest::said;
 use super::machine::{Tools, libraries};
 
-/// Makes it, with a static busybox, these programs of this system with their libraries, and these scripts; once for each image.
-pub fn make(tools: &Tools, programs: &[PathBuf], scripts: &[(&str, &str)], images: &[PathBuf]) -> Result<()> {
+/// Makes it, with a static busybox, these programs of this system with their libraries, and these files, which can be executed; once for each image.
+pub fn make(tools: &Tools, programs: &[PathBuf], files: &[(&str, &[u8])], images: &[PathBuf]) -> Result<()> {
     let tree = tools.work.join("store");
     // Civic's loader makes the folders that it wants where there are none.
     for folder in ["bin", "dev/pts", "guest", "proc", "run", "sys", "tmp"] {
@@ -28,9 +28,9 @@ pub fn make(tools: &Tools, programs: &[PathBuf], scripts: &[(&str, &str)], image
             copy(&library, &tree.join(library.strip_prefix("/")?))?;
         }
     }
-    for (name, script) in scripts {
+    for (name, content) in files {
         let to = tree.join(name);
-        fs::write(&to, script)?;
+        fs::write(&to, content)?;
         fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
     }
     for image in images {

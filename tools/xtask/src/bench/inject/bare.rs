@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::json;
 
-use super::{BUSYBOX, FOLDER, PATIENCE, Program, Run};
+use super::{FOLDER, PATIENCE, Program, Run, WORD};
 use crate::bench::clock::Clock;
 use crate::bench::guest::Guest;
 use crate::bench::io::complaints;
@@ -68,8 +68,7 @@ impl<'a> Bare<'a> {
     /// From a guest that stands still until a program in it speaks; afterwards all is as before and the guest runs.
     fn start(&mut self, program: &Program, clock: &Clock) -> Result<Run> {
         let kernel = self.kernel;
-        let script = program.script();
-        let argv = [BUSYBOX, "sh", "-c", &script];
+        let argv = [WORD, &program.0];
         let helper = Helper { device: "/dev/vda", folder: FOLDER, argv: &argv };
         let (mark, call) = (clock.mark(), Instant::now());
         let mut stub = Stub::connect(&self.stub, PATIENCE)?;

@@ -68,7 +68,7 @@ impl<'a> Paper<'a> {
         for socket in [&control, &stub] {
             let _ = std::fs::remove_file(socket);
         }
-        let sockets = Sockets::new(&tools.work);
+        let sockets = Sockets::new(&tools.work, "second");
         let ports = [root_port(0), root_port(1)].concat();
         let options = |more: &[String]| [&ports, more].concat();
         let listening = ["-qmp", &listens(&control), "-gdb", &listens(&stub)].map(str::to_owned);
