@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use civic_api::client::{Client, ClientError};
 use civic_api::launch::{ForkConfig, Launch, SOCKET_FILE, SourceNet};
 use civic_api::{
-    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, ErrorBody, FORK_SOCKET_FILE, ForkReport, ForkRequest, ForksConfig,
-    NewDevice, SaveReport, SaveRequest, VmConfig, VmInfo, VmState,
+    AfterSave, CONSOLE_PORT_SERIAL, DiskConfig, DiskFormat, ErrorBody, FORK_SOCKET_FILE, ForkReport, ForkRequest,
+    ForksConfig, NewDevice, SaveReport, SaveRequest, VmConfig, VmInfo, VmState,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -127,6 +127,17 @@ impl Setup {
         let file = File::create(&path).expect("an image can be made");
         file.set_len(bytes).expect("an image can be made");
         self.config.disks.push(DiskConfig::new(id, path));
+        self
+    }
+
+    /// With a disk: a qcow2 image of so many bytes, with nothing in it.
+    pub fn qcow2(mut self, id: &str, bytes: u64) -> Self {
+        let path = self.root.path().join(format!("{id}.qcow2"));
+        let mut command = Command::new("qemu-img");
+        let made = command.args(["create", "-q", "-f", "qcow2"]).arg(&path).arg(bytes.to_string()).status();
+        assert!(made.expect("this test needs qemu-img: `cargo xtask setup` installs it").success());
+        let disk = DiskConfig::new(id, path);
+        self.config.disks.push(DiskConfig { format: DiskFormat::Qcow2, ..disk });
         self
     }
 

@@ -207,7 +207,8 @@ fn source_and_children_find_what_they_wrote() {
 #[test]
 fn forks_of_forks_find_what_they_wrote() {
     let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
-    let mut source = Setup::new(&counting()).cpus(CPUS).boot();
+    let disk = u64::from(PLACES * PLACE);
+    let mut source = Setup::new(&counting_on_a_disk()).cpus(CPUS).qcow2("root", disk).boot();
     rounds(&mut source, 2);
     for n in 0..forks {
         // Each of them goes on while the next is made, and ends while that lives.
