@@ -64,6 +64,8 @@ const LAUNCH_MS: u64 = 30_000;
 fn run(argument: &[u8]) -> i32 {
     let started = sys::rdtsc();
     sys::ignore_signals();
+    // Whatever a fork's guest was about to do can wait until the program runs. Not every kernel lets us (RT_GROUP_SCHED).
+    let _ = sys::hurry(true);
     // Where pages of ours are taken away nevertheless, the monitor asks for them.
     let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE);
     if files::fill_standard().is_err() {
@@ -159,6 +161,7 @@ fn attend<'a>(
     // What the kernel or the first process has started meanwhile.
     frozen.again();
     let program = Program::start(launch, proc, report)?;
+    let _ = sys::hurry(false);
     reached(link, Stage::Execed)?;
     Relay::new(link, program, stdin.buffer(), frozen).run()
 }

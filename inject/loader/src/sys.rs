@@ -27,7 +27,9 @@ const SIGCHLD: usize = 17;
 const SIG_DFL: usize = 0;
 const SIG_IGN: usize = 1;
 const SIG_SETMASK: usize = 2;
+const SCHED_OTHER: usize = 0;
 const SCHED_FIFO: usize = 1;
+const SCHED_RESET_ON_FORK: usize = 0x4000_0000;
 const CLOCK_MONOTONIC: usize = 1;
 
 const PAGE: usize = 4096;
@@ -150,9 +152,18 @@ pub fn unshare_mounts() -> Result<(), Errno> {
 
 /// Makes this thread a real-time one (`SCHED_FIFO`).
 pub fn realtime(priority: u8) -> Result<(), Errno> {
+    schedule(SCHED_FIFO, priority)
+}
+
+/// Lets this thread run before all that are no real-time ones, or no longer. Those that it makes are ordinary ones.
+pub fn hurry(hurry: bool) -> Result<(), Errno> {
+    schedule(if hurry { SCHED_FIFO | SCHED_RESET_ON_FORK } else { SCHED_OTHER }, hurry.into())
+}
+
+fn schedule(policy: usize, priority: u8) -> Result<(), Errno> {
     let priority = i32::from(priority);
     // SAFETY: a `struct sched_param`, which is one int.
-    unsafe { syscall(SYS_SCHED_SETSCHEDULER, [0, SCHED_FIFO, ptr::from_ref(&priority) as usize, 0, 0]) }.map(drop)
+    unsafe { syscall(SYS_SCHED_SETSCHEDULER, [0, policy, ptr::from_ref(&priority) as usize, 0, 0]) }.map(drop)
 }
 
 /// The signal of that number, if there is one.
