@@ -12,5 +12,6 @@
 
 pub mod image;
 pub mod program;
+pub mod syscalls;
 pub mod virtio;
 pub mod vm;

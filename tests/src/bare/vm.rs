@@ -543,6 +543,19 @@ impl Vm {
         self.info().vcpus.iter().filter_map(|vcpu| vcpu.exits.get(kind)).sum()
     }
 
+    /// The monitor's metrics.
+    pub fn metrics(&self) -> String {
+        self.ask("metrics", self.client.metrics())
+    }
+
+    /// One of them, by its name with its labels, or fails.
+    pub fn metric(&self, series: &str) -> u64 {
+        let metrics = self.metrics();
+        let line = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        let value = line.and_then(|value| value.parse().ok());
+        value.unwrap_or_else(|| self.fail(&format!("no {series} in\n{metrics}")))
+    }
+
     /// The monitor's process.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -608,6 +621,11 @@ impl Vm {
                 self.fail(missing);
             }
         }
+    }
+
+    /// Has patience anew: for who works with a VM for longer than a test.
+    pub fn extend(&mut self) {
+        self.deadline = Instant::now() + PATIENCE;
     }
 
     /// Waits until `holds`.

@@ -19,17 +19,9 @@ fn count(vm: &mut Vm, lines: usize) -> u32 {
     numbers[0]
 }
 
-/// The metric that tells how many pages a child was given.
-const GIVEN: &str = "civic_fork_child_pages";
-
-fn metrics(vm: &Vm) -> String {
-    vm.api(|client| async move { client.metrics().await }).unwrap()
-}
-
-/// A child's number in its parent's metrics.
-fn of_child(metrics: &str, name: &str, child: &str) -> u64 {
-    let line = metrics.lines().find(|line| line.starts_with(&format!("{name}{{child=\"{child}\"}} ")));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
+/// How many pages a child was given, as its parent's metrics tell.
+fn given(vm: &Vm, child: &str) -> u64 {
+    vm.metric(&format!("civic_fork_child_pages{{child=\"{child}\"}}"))
 }
 
 #[test]
@@ -69,13 +61,13 @@ fn a_child_is_given_beforehand_what_the_one_before_it_needed() {
     source.until("output", |vm| vm.printed() > 20 * LINE_LEN);
     let (_, mut children) = source.fork(vec![source.waiting("first")], false);
     count(&mut children[0], 20);
-    let needed = of_child(&metrics(&source), GIVEN, "first");
+    let needed = given(&source, "first");
     children[0].kill();
     assert!(children[0].ended().success());
     // Its page server goes too: another one does it.
     source.until("the child to be forgotten", |vm| vm.info().family == civic_api::Family::default());
     let (_, children) = source.fork(vec![source.waiting("second")], true);
-    source.until("pages for the child", |vm| of_child(&metrics(vm), GIVEN, "second") >= needed);
+    source.until("pages for the child", |vm| given(vm, "second") >= needed);
     assert_eq!(children[0].state(), VmState::Paused);
 }
 
@@ -135,10 +127,10 @@ fn a_fork_is_forked_and_its_children_outlive_it_and_its_source() {
     let grandchild = &mut grandchildren[0];
     // Either tells of its own.
     for (vm, its) in [(&source, "child"), (&child, "grandchild")] {
-        let text = metrics(vm);
-        assert!(of_child(&text, GIVEN, its) > 0, "{text}");
+        assert!(given(vm, its) > 0);
         // It may have been given beforehand whatever it needed.
-        of_child(&text, "civic_fork_child_service_seconds_count", its);
+        vm.metric(&format!("civic_fork_child_service_seconds_count{{child=\"{its}\"}}"));
+        let text = vm.metrics();
         assert_eq!(text.matches("civic_fork_generation_pages{").count(), 1, "{text}");
     }
     child.kill();

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod console;
+mod counts;
 mod cpus;
 mod endings;
 mod exits;
