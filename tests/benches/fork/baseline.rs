@@ -7,6 +7,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use userfaultfd::{Event, FeatureFlags, RegisterMode, UffdBuilder};
@@ -20,6 +22,15 @@ impl Map {
     /// Of `file`, shared, or of nothing, private.
     fn new(len: usize, file: Option<&File>) -> Self {
         let flags = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
+        Self::with(len, file, flags)
+    }
+
+    /// Of `file`, so that what is written there is nobody else's.
+    fn private(len: usize, file: &File) -> Self {
+        Self::with(len, Some(file), libc::MAP_PRIVATE)
+    }
+
+    fn with(len: usize, file: Option<&File>, flags: i32) -> Self {
         let fd = file.map_or(-1, |file| file.as_raw_fd());
         // SAFETY: a new mapping at an address that the kernel chooses.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
@@ -33,10 +44,20 @@ impl Map {
         }
     }
 
-    fn write(&self, at: usize) {
+    fn byte(&self, at: usize) -> *mut u8 {
         assert!(at < self.1);
         // SAFETY: within the mapping, as has just been checked.
-        let byte = unsafe { self.0.add(at) };
+        unsafe { self.0.add(at) }
+    }
+
+    fn read(&self, at: usize) -> u8 {
+        let byte = self.byte(at);
+        // SAFETY: it is mapped for reading, and nobody has a reference into it.
+        unsafe { byte.read_volatile() }
+    }
+
+    fn write(&self, at: usize) {
+        let byte = self.byte(at);
         // SAFETY: it is mapped for writing, and nobody has a reference into it.
         unsafe { byte.write_volatile(1) };
     }
@@ -49,23 +70,89 @@ impl Drop for Map {
     }
 }
 
-/// Milliseconds of `fork(2)` of a process with so much memory, all of it touched.
-pub fn fork2(bytes: u64, times: usize) -> Vec<f64> {
+/// Milliseconds of `fork(2)`, `children` times in a row, of a process with so much memory, all of it touched.
+pub fn fork2(bytes: u64, children: usize, times: usize) -> Vec<f64> {
     let map = Map::new(bytes as usize, None);
     map.touch();
-    let once = |_| {
-        let begun = Instant::now();
+    let fork = |_| {
         // SAFETY: the child does nothing but end.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             // SAFETY: ends the process without running anything of ours.
             unsafe { libc::_exit(0) };
         }
-        let took = begun.elapsed();
         assert!(pid > 0, "{}", io::Error::last_os_error());
-        let mut status = 0;
-        // SAFETY: `status` is a live int.
-        unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        pid
+    };
+    let once = |_| {
+        let begun = Instant::now();
+        let pids: Vec<_> = (0..children).map(fork).collect();
+        let took = begun.elapsed();
+        for pid in pids {
+            let mut status = 0;
+            // SAFETY: `status` is a live int.
+            unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        }
+        took.as_secs_f64() * 1e3
+    };
+    (0..times).map(once).collect()
+}
+
+/// Milliseconds of copying so much memory within this process, all of it there.
+pub fn memcpy(bytes: u64, times: usize) -> Vec<f64> {
+    let [from, to] = [(); 2].map(|()| Map::new(bytes as usize, None));
+    from.touch();
+    to.touch();
+    let once = |_| {
+        let begun = Instant::now();
+        // SAFETY: two mappings of so many bytes, into which nobody has a reference.
+        unsafe { std::ptr::copy_nonoverlapping(from.0, to.0, bytes as usize) };
+        begun.elapsed().as_secs_f64() * 1e3
+    };
+    (0..times).map(once).collect()
+}
+
+/// Microseconds of a first write to a page of a private mapping that has been read: the kernel's copy on write.
+pub fn cow(writes: usize) -> Vec<f64> {
+    let file = File::from(memfd_create(c"bench-cow", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+    let len = writes * PAGE;
+    file.set_len(len as u64).expect("it can be so long");
+    Map::new(len, Some(&file)).touch();
+    let map = Map::private(len, &file);
+    let once = |at| {
+        assert_eq!(map.read(at), 1);
+        let begun = Instant::now();
+        map.write(at);
+        begun.elapsed().as_secs_f64() * 1e6
+    };
+    (0..len).step_by(PAGE).map(once).collect()
+}
+
+/// Milliseconds until a bare KVM VM with so much memory has run its first instruction and left for its host.
+pub fn kvm_vm(bytes: u64, times: usize) -> Vec<f64> {
+    let once = |_| {
+        let begun = Instant::now();
+        let vm = Kvm::new().expect("/dev/kvm opens").create_vm().expect("a VM");
+        let memory = Map::new(bytes as usize, None);
+        // At 0: hlt.
+        // SAFETY: the mapping's first byte, into which nobody has a reference.
+        unsafe { memory.0.write_volatile(0xf4) };
+        let userspace_addr = memory.0 as u64;
+        let region =
+            kvm_userspace_memory_region { slot: 0, flags: 0, guest_phys_addr: 0, memory_size: bytes, userspace_addr };
+        // SAFETY: the mapping outlives the VM, which is dropped before it.
+        unsafe { vm.set_user_memory_region(region) }.expect("memory for the VM");
+        let mut cpu = vm.create_vcpu(0).expect("a vCPU");
+        let mut segments = cpu.get_sregs().expect("its segments");
+        (segments.cs.base, segments.cs.selector) = (0, 0);
+        cpu.set_sregs(&segments).expect("its segments");
+        let mut registers = cpu.get_regs().expect("its registers");
+        (registers.rip, registers.rflags) = (0, 2);
+        cpu.set_regs(&registers).expect("its registers");
+        assert!(matches!(cpu.run(), Ok(VcpuExit::Hlt)), "its first instruction");
+        let took = begun.elapsed();
+        drop(cpu);
+        drop(vm);
         took.as_secs_f64() * 1e3
     };
     (0..times).map(once).collect()
@@ -145,7 +232,8 @@ impl GuestRam {
             let (start, end) = words[0].split_once('-').map(|(start, end)| (hex(start), hex(end))).expect("a range");
             (hex(words[2]), start, end - start)
         };
-        let ours = maps.lines().filter(|line| line.contains("memfd:civic-ram") && line.contains("rw-s"));
+        // A fork has its source's memory privately.
+        let ours = maps.lines().filter(|line| line.contains("memfd:civic-ram") && line.contains(" rw-"));
         Self { pid: pid as i32, pieces: ours.map(piece).collect() }
     }
 

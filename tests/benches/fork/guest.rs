@@ -52,6 +52,12 @@ impl Order {
 pub struct Load {
     /// Running.
     pub vm: Vm,
+    /// What it says of its writes.
+    pub log: Log,
+}
+
+/// What such a guest, or a fork of it, has in its memory on its writes.
+pub struct Log {
     ram: GuestRam,
     hz: f64,
 }
@@ -77,14 +83,20 @@ impl Load {
         let end = memory.min(LAST) as u32;
         let period = (hz * f64::from(CPUS) * PAGE as f64 / PACE as f64) as u32;
         let vm = Setup::new(&writer(end, period, order.stride())).cpus(CPUS as u8).memory(memory).boot();
-        let ram = GuestRam::of(vm.pid());
-        let this = Self { vm, ram, hz };
-        this.vm.until("every CPU to write", |_| (0..CPUS).all(|cpu| this.mark(cpu) > this.log(cpu)));
-        this.ram.populate(u64::from(FIRST));
-        this
+        let log = Log { ram: GuestRam::of(vm.pid()), hz };
+        vm.until("every CPU to write", |_| (0..CPUS).all(|cpu| log.mark(cpu) > log.begin(cpu)));
+        log.ram.populate(u64::from(FIRST));
+        Self { vm, log }
+    }
+}
+
+impl Log {
+    /// That of a fork.
+    pub fn of_fork(&self, vm: &Vm) -> Self {
+        Self { ram: GuestRam::of(vm.pid()), hz: self.hz }
     }
 
-    fn log(&self, cpu: u32) -> u32 {
+    fn begin(&self, cpu: u32) -> u32 {
         LOGS + cpu * LOG
     }
 
@@ -110,7 +122,7 @@ impl Load {
         std::thread::sleep(time);
         let mut micros = Vec::new();
         for (cpu, before) in (0..CPUS).zip(before) {
-            let (log, end) = (self.log(cpu), self.mark(cpu));
+            let (log, end) = (self.begin(cpu), self.mark(cpu));
             let before = before.max(log);
             if before <= end {
                 micros.extend(self.entries(before, end));
@@ -135,6 +147,17 @@ pub fn idle(memory: u64) -> Vm {
     let vm = Setup::new(&kernel).cpus(CPUS as u8).memory(memory).boot();
     GuestRam::of(vm.pid()).populate(u64::from(FIRST));
     vm
+}
+
+/// A guest that says that it is there, and sleeps.
+pub fn speaker() -> Vec<u8> {
+    pvh(|asm| {
+        asm.print("up\n")?;
+        let mut rest = asm.create_label();
+        asm.set_label(&mut rest)?;
+        asm.hlt()?;
+        asm.jmp(rest)
+    })
 }
 
 /// Each CPU goes through its half of `FIRST..end`, a page every `period` cycles, and the next `stride` pages on.

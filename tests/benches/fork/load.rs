@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
+use civic_bench::report::{Kind, Peer, Promise, Report, Row};
 use civic_tests::linux::{Image, Spec, Userland};
 use civic_tests::load::served::{Phase, Served};
 
-use super::table::{Promise, Row, Table};
 use super::{ms, say};
 
 /// Seconds of each phase.
@@ -35,7 +35,7 @@ impl Seen {
 }
 
 /// Measures.
-pub fn run(quick: bool, table: &mut Table) {
+pub fn run(quick: bool, report: &mut Report) {
     let lengths = if quick {
         Lengths { plain: 20, seldom: 31, often: 30 }
     } else {
@@ -79,18 +79,25 @@ pub fn run(quick: bool, table: &mut Table) {
     }
     guest.end().expect("nothing went wrong in the guest");
     let each = |name: &str, what: &str| format!("load.{what}.{name}");
-    table.add(Row::new("load.lost", "", vec![f64::from(lost)], Promise::AtMost(&[(1.0, 0.0)])));
-    table.add(Row::new(each("plain", "latency"), "ms", plain.latencies.clone(), Promise::None));
-    table.add(Row::new(each("plain", "answered"), "%", plain.answered.clone(), Promise::None));
-    table.add(Row::new(each("plain", "disk"), "1/s", plain.disk.clone(), Promise::None));
+    report.add(
+        Row::new("load.lost", "", vec![f64::from(lost)].into())
+            .kind(Kind::Counted)
+            .promised(Promise::AtMost(&[(1.0, 0.0)])),
+    );
+    let values = |seen: &Seen| {
+        [("latency", "ms", &seen.latencies), ("answered", "%", &seen.answered), ("disk", "1/s", &seen.disk)]
+            .map(|(what, unit, values)| (what, unit, values.clone()))
+    };
+    let kind = |what: &str| if what == "answered" { Kind::Counted } else { Kind::Timed };
+    for (what, unit, values) in values(&plain) {
+        report.add(Row::new(each("plain", what), unit, values.into()).kind(kind(what)));
+    }
     for (name, seen, pauses, pace) in forked {
-        let row = |what: &str, unit, values, peer: &[f64]| {
-            Row::new(each(name, what), unit, values, Promise::None).beside(each("plain", what), peer.to_vec())
-        };
-        table.add(row("latency", "ms", seen.latencies, &plain.latencies));
-        table.add(row("answered", "%", seen.answered, &plain.answered));
-        table.add(row("disk", "1/s", seen.disk, &plain.disk));
-        table.add(Row::new(each(name, "pause"), "ms", pauses, Promise::None));
-        table.add(Row::new(each(name, "forks"), "1/s", vec![pace], Promise::None));
+        for ((what, unit, ours), (_, _, peer)) in values(&seen).into_iter().zip(values(&plain)) {
+            let peer = Peer::of(each("plain", what), peer.into());
+            report.add(Row::new(each(name, what), unit, ours.into()).kind(kind(what)).beside(peer));
+        }
+        report.add(Row::new(each(name, "pause"), "ms", Vec::into(pauses)));
+        report.add(Row::new(each(name, "forks"), "1/s", vec![pace].into()));
     }
 }

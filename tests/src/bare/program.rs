@@ -311,6 +311,46 @@ impl Asm {
         self.mov(cr3, rax)
     }
 
+    /// 64-bit code: goes on as a user's program, with all that the monitor has mapped and all ports. Some hosts run only that by their
+    /// processor, and interpret what else there is.
+    pub fn become_user(&mut self) -> Result<(), IcedError> {
+        const GDT: u32 = IDT + 0x2000;
+        const POINTER: u32 = GDT + 0x100;
+        // The monitor's tables for the boot CPU: a PML4, its first PDPT, that one's four page directories.
+        self.mov(rdi, cr3)?;
+        self.mov(ecx, 6 * 512)?;
+        let (mut entry, mut user) = (self.create_label(), self.create_label());
+        self.set_label(&mut entry)?;
+        self.or(dword_ptr(rdi), 4)?;
+        self.add(rdi, 8)?;
+        self.dec(ecx)?;
+        self.jne(entry)?;
+        self.mov(rax, cr3)?;
+        self.mov(cr3, rax)?;
+        // The present code and data segments where they are, and a user's.
+        let descriptors: [u64; 6] =
+            [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
+        for (n, descriptor) in (0..).zip(descriptors) {
+            self.mov(rax, descriptor)?;
+            self.mov(qword_ptr(u64::from(GDT + 8 * n)), rax)?;
+        }
+        self.mov(word_ptr(u64::from(POINTER)), 6 * 8 - 1)?;
+        self.mov(rax, u64::from(GDT))?;
+        self.mov(qword_ptr(u64::from(POINTER + 2)), rax)?;
+        self.lgdt(qword_ptr(u64::from(POINTER)))?;
+        self.push(0x23)?;
+        self.push(STACK as i32)?;
+        // Interrupts off, I/O privilege 3.
+        self.push(0x3002)?;
+        self.push(0x2b)?;
+        self.lea(rax, qword_ptr(user))?;
+        self.push(rax)?;
+        self.iretq()?;
+        self.set_label(&mut user)?;
+        // The next instruction may have a label of its own.
+        self.nop()
+    }
+
     /// 64-bit code: an interrupt table without entries.
     pub fn load_idt(&mut self) -> Result<(), IcedError> {
         self.mov(word_ptr(u64::from(IDT_POINTER)), 0xfff)?;

@@ -623,9 +623,9 @@ impl Vm {
         }
     }
 
-    /// Has patience anew: for who works with a VM for longer than a test.
-    pub fn extend(&mut self) {
-        self.deadline = Instant::now() + PATIENCE;
+    /// Has patience for as long as this from now on: for who works with a VM for longer than a test.
+    pub fn extend(&mut self, by: Duration) {
+        self.deadline = Instant::now() + by;
     }
 
     /// Waits until `holds`.

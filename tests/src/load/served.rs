@@ -7,7 +7,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use civic_api::ForkReport;
 
 use super::{Answer, Load, ask, number};
@@ -116,6 +116,41 @@ impl Served {
         let (length, after) = (begun.elapsed(), self.rounds()?);
         let disk = (after - before) as f64 / begun.elapsed().as_secs_f64();
         Ok(Phase { length, answers: load.finish()?, forks, disk })
+    }
+
+    /// Has clients ask for pages for as long as this, each as soon as the one before is there, and forks it every so often meanwhile: how
+    /// many pages were served, and what each fork told.
+    pub fn saturated(&mut self, length: Duration, every: Option<Duration>) -> Result<(u64, Vec<ForkReport>)> {
+        const CLIENTS: usize = 4;
+        let (server, end) = (self.server, Instant::now() + length);
+        let client = move || -> Result<u64> {
+            let mut served = 0;
+            while Instant::now() < end {
+                ask(server)?;
+                served += 1;
+            }
+            Ok(served)
+        };
+        std::thread::scope(|scope| {
+            let clients = [(); CLIENTS].map(|()| scope.spawn(client));
+            let mut forks = Vec::new();
+            let mut due = every.map(|every| Instant::now() + every / 2);
+            while let (Some(every), Some(at)) = (every, due.filter(|due| *due < end)) {
+                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                self.forks += 1;
+                let n = self.forks;
+                let (child, told) = self.vm.fork(&format!("child{n}"))?;
+                child.kill()?;
+                self.vm.sh(&format!("echo after-{n} > /run/page/index.html"))?;
+                forks.push(told);
+                due = Some((at + every).max(Instant::now()));
+            }
+            let mut served = 0;
+            for client in clients {
+                served += client.join().map_err(|_| anyhow!("a client panicked"))??;
+            }
+            Ok((served, forks))
+        })
     }
 
     /// How many rounds the disk's writer has done.

@@ -38,6 +38,15 @@ enum Cmd {
     Test(test::Args),
     /// Check the promises that are figures, side by side with QEMU.
     Bench(bench::Args),
+    /// Write a page with tables and plots of what benches have measured.
+    Performance {
+        /// What `cargo xtask bench … --json` wrote.
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// The page. Its plots go beside it, into a folder of the same name.
+        #[arg(long, default_value = "docs/performance.md")]
+        to: PathBuf,
+    },
     /// Feed the monitor's parts what a guest, a file or a client might, and look for what breaks them.
     Fuzz(fuzz::Args),
     /// Boot Debian with nginx in civic and fetch a page from it.
@@ -93,6 +102,7 @@ fn run() -> Result<ExitCode> {
         Cmd::Setup => setup::all().map(|()| true)?,
         Cmd::Test(args) => test::run(&args)?,
         Cmd::Bench(args) => bench::run(&args)?,
+        Cmd::Performance { runs, to } => bench::page(&runs, &to)?,
         Cmd::Fuzz(args) => fuzz::run(&args)?,
         Cmd::Demo { testbed } => demo::run(testbed)?,
         Cmd::Exec { testbed, program, args } => {

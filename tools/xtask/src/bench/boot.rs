@@ -11,13 +11,13 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use civic_bench::report::{Kind, Peer, Promise, Report, Row};
+use civic_bench::stats::Samples;
 
 use super::clock::Clock;
 use super::guest::{BOOT, Guest, USER_SPACE};
 use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Userland, line};
 use super::net::Tap;
-use super::report::{Kind, Promise, Report, Row};
-use super::stats::Samples;
 use super::{memory, progress};
 
 /// Who competes, each in the best of its forms.
@@ -28,7 +28,7 @@ const DISK: u64 = 64 << 20;
 /// Civic's share of the faster QEMU's time.
 const TIME: f64 = 0.75;
 /// MiB of the monitor's own.
-const OWN_MEMORY: f64 = 8.0;
+const OWN_MEMORY: &[(f64, f64)] = &[(0.5, 8.0)];
 /// Says that the tiny guest, which the guest then becomes, is up.
 const AT_REST: &str = "CIVIC-TINY-READY";
 
@@ -161,17 +161,8 @@ fn rows(report: &mut Report, cpus: u8, boots: &[Boots; 3], names: &[String]) {
         peers.into_iter().min_by(by).unwrap_or(1)
     };
     let mut row = |name: &str, unit, kind, promise, of: fn(&Boots) -> &Samples, peer: usize| {
-        let (ours, peer_name) = (of(ours).clone(), names[peer].clone());
-        report.add(Row {
-            name: format!("{name}{suffix}"),
-            unit,
-            kind,
-            promise,
-            ours,
-            peer: of(&boots[peer]).clone(),
-            peer_name,
-            how: String::new(),
-        });
+        let row = Row::new(format!("{name}{suffix}"), unit, of(ours).clone()).kind(kind).promised(promise);
+        report.add(row.beside(Peer::in_turns(names[peer].as_str(), "", of(&boots[peer]).clone())));
     };
     let faster = less(|b| &b.seconds);
     row("boot.userspace", "s", Kind::Timed, Promise::RatioAtMost(TIME), |b| &b.seconds, faster);

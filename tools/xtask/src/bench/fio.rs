@@ -14,7 +14,8 @@ pub struct Job {
 }
 
 const IOPS: &str = "IOPS";
-const MIB: &str = "MiB/s";
+/// What is copied, and how fast.
+pub const MIB: &str = "MiB/s";
 
 /// What is measured. Requests go straight to the device (`direct=1`), many at a time but for the last job, which asks for
 /// every single write to be on the disk.

@@ -17,6 +17,8 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use civic_bench::report::{Peer, Promise, Report, Row};
+use civic_bench::stats::Samples;
 use serde_json::{Value, json};
 
 use super::clock::Clock;
@@ -24,8 +26,6 @@ use super::guest::Guest;
 use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::peer::clone::{Sockets, Source, listens};
 use super::progress;
-use super::report::{Kind, Promise, Report, Row};
-use super::stats::Samples;
 use super::stillness::Tracer;
 
 const MEMORY_MIB: u32 = 512;
@@ -83,7 +83,7 @@ impl Forks {
 /// Measures and reports.
 pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, report: &mut Report) -> Result<()> {
     let rounds = rounds.map_or(if quick { 3 } else { 12 }, usize::from);
-    let tracer = Tracer::new().inspect_err(|e| report.leave_out(&format!("qemu.still: {e:#}"))).ok();
+    let tracer = Tracer::new().inspect_err(|e| report.leave_out(&format!("fork.still.beside_qemu: {e:#}"))).ok();
     let spec = |monitor, more: &[String]| Spec {
         monitor,
         image: Image::BzImage,
@@ -124,15 +124,15 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
     }
     let mut row = |name: &str, promise, of: fn(&Forks) -> &Samples| {
         let [ours, peer] = [of(&forks[0]).clone(), of(&forks[1]).clone()];
-        let (peer_name, how) = ("qemu, source".to_owned(), "background-snapshot".to_owned());
-        report.add(Row { name: name.to_owned(), unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
+        let peer = Peer::in_turns("qemu, source", "background-snapshot", peer);
+        report.add(Row::new(format!("fork.{name}.beside_qemu"), "ms", ours).promised(promise).beside(peer));
     };
-    row("qemu.pause", Promise::RatioAtMost(PAUSE), |forks| &forks.pause);
+    row("pause", Promise::RatioAtMost(PAUSE), |forks| &forks.pause);
     if tracer.is_some() {
-        row("qemu.still", Promise::RatioAtMost(PAUSE), |forks| &forks.still);
+        row("still", Promise::RatioAtMost(PAUSE), |forks| &forks.still);
     }
-    row("qemu.running", Promise::RatioAtMost(CALL), |forks| &forks.running);
-    row("qemu.answers", Promise::None, |forks| &forks.answers);
+    row("running", Promise::RatioAtMost(CALL), |forks| &forks.running);
+    row("answers", Promise::None, |forks| &forks.answers);
     Ok(())
 }
 

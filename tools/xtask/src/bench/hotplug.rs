@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use civic_bench::report::{Peer, Promise, Report, Row};
+use civic_bench::stats::Samples;
 use serde_json::{Value, json};
 
 use super::clock::Clock;
@@ -21,8 +23,6 @@ use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::net::Tap;
 use super::progress;
 use super::qmp::Qmp;
-use super::report::{Kind, Promise, Report, Row};
-use super::stats::Samples;
 
 const MEMORY_MIB: u32 = 256;
 const CPUS: u8 = 1;
@@ -231,8 +231,8 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
             }
         }
         let mut row = |name: String, promise, [ours, peer]: [Samples; 2]| {
-            let (peer_name, how) = ("qemu q35".to_owned(), "root port, ACPI".to_owned());
-            report.add(Row { name, unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
+            let peer = Peer::in_turns("qemu q35", "root port, ACPI", peer);
+            report.add(Row::new(name, "ms", ours).promised(promise).beside(peer));
         };
         row(format!("hotplug.{}", device.name()), Promise::RatioAtMost(TIME), coming);
         row(format!("hotplug.{}.removed", device.name()), Promise::None, going);

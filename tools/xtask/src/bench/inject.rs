@@ -31,6 +31,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use civic_bench::report::{Peer, Promise, Report, Row};
+use civic_bench::stats::Samples;
 use civic_loader::{Exit, FromGuest, Stage, split};
 use serde_json::{Value, json};
 
@@ -41,8 +43,6 @@ use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::peer::clone::{Sockets, listens};
 use super::peer::root_port;
 use super::progress;
-use super::report::{Kind, Promise, Report, Row};
-use super::stats::Samples;
 use super::store;
 use bare::Bare;
 use paper::Paper;
@@ -191,8 +191,7 @@ impl Table<'_> {
     }
 
     fn row(&mut self, name: String, promise: Promise, ours: Samples, peer: Samples, peer_name: &str, how: &str) {
-        let (peer_name, how) = (peer_name.to_owned(), how.to_owned());
-        self.0.add(Row { name, unit: "ms", kind: Kind::Timed, promise, ours, peer, peer_name, how });
+        self.0.add(Row::new(name, "ms", ours).promised(promise).beside(Peer::in_turns(peer_name, how, peer)));
     }
 }
 

@@ -29,13 +29,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use civic_bench::report::{Kind, Peer, Promise, Report, Row};
+use civic_bench::stats::Samples;
 
 use super::clock::Clock;
 use super::guest::{Guest, said};
 use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::net::Tap;
-use super::report::{Kind, Promise, Report, Row};
-use super::stats::Samples;
 use super::{progress, store};
 use civic::Civic;
 use load::Load;
@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const TIME: f64 = 0.04;
 const PAUSE: f64 = 1.0;
 /// What a child may cost its host, in MiB.
-const CHILD_MIB: f64 = 16.0;
+const CHILD_MIB: &[(f64, f64)] = &[(0.5, 16.0)];
 /// The time with more memory, as a share of that with the least: noise, in the testbed.
 const INDEPENDENT: f64 = 1.25;
 /// What looks around, from the store.
@@ -92,16 +92,9 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
             first = took;
             continue;
         }
-        report.add(Row {
-            name: format!("inspect.first_output{suffix}_to_{}gib", MEMORIES[0]),
-            unit: "ms",
-            kind: Kind::Timed,
-            promise: Promise::RatioAtMost(INDEPENDENT),
-            ours: took,
-            peer: first.clone(),
-            peer_name: "civic".to_owned(),
-            how: format!("with {} GiB", MEMORIES[0]),
-        });
+        let name = format!("inspect.first_output{suffix}_to_{}gib", MEMORIES[0]);
+        let smaller = Peer::in_turns("civic", format!("with {} GiB", MEMORIES[0]), first.clone());
+        report.add(Row::new(name, "ms", took).promised(Promise::RatioAtMost(INDEPENDENT)).beside(smaller));
     }
     if quick {
         report.leave_out("inspect with sources of 2 and 4 GiB: --quick");
@@ -175,8 +168,8 @@ fn rows(report: &mut Report, suffix: &str, [ours, peers]: &[Vec<Run>; 2]) -> Sam
     let stage = |runs: &[Run], at: usize| runs.iter().map(|run| run.stages[at].1).collect::<Samples>();
     let took = of(ours, |run| run.took);
     let mut add = |name: String, unit, kind, promise, ours: Samples, peer: Samples, how: &str| {
-        let (name, peer_name) = (format!("inspect.{name}{suffix}"), paper::SECOND.to_owned());
-        report.add(Row { name, unit, kind, promise, ours, peer, peer_name, how: how.to_owned() });
+        let row = Row::new(format!("inspect.{name}{suffix}"), unit, ours).kind(kind).promised(promise);
+        report.add(row.beside(Peer::in_turns(paper::SECOND, how, peer)));
     };
     let peer = || of(peers, |run| run.took);
     let (whole, timed) = ("the paper's way", Kind::Timed);

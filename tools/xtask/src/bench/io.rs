@@ -9,9 +9,11 @@
 //! job by itself. Its network card is there twice as well, served by QEMU and by the kernel's vhost.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use civic_bench::report::{Peer, Promise, Report, Row};
+use civic_bench::stats::Samples;
 
 use super::clock::Clock;
 use super::fio::{self, JOBS, Job};
@@ -19,8 +21,6 @@ use super::guest::Guest;
 use super::images::Images;
 use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Userland, Vsock, line};
 use super::net::{self, Tap, Way};
-use super::report::{Kind, Promise, Report, Row};
-use super::stats::Samples;
 use super::{Choice, progress, vsock};
 
 const MEMORY_MIB: u32 = 512;
@@ -51,6 +51,25 @@ struct Bench<'a> {
     /// Civic's, QEMU's.
     guests: [Guest<'a>; 2],
     report: &'a mut Report,
+    /// MiB a second of copying within this host's memory: no byte comes to a guest without.
+    memcpy: Samples,
+}
+
+/// MiB a second of copying some MiB over and over, more than the caches hold, in turns as short as the benches'.
+fn memcpy(clock: &Clock) -> Result<Samples> {
+    const MIB: usize = 64;
+    let from = vec![1_u8; MIB << 20];
+    let mut to = vec![0_u8; MIB << 20];
+    let mut once = || -> Result<f64> {
+        let (mark, begun) = (clock.mark(), Instant::now());
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&to);
+        let seconds = begun.elapsed().as_secs_f64() / clock.stretch(&mark)?;
+        Ok(MIB as f64 / seconds)
+    };
+    // The first touches its memory.
+    once()?;
+    (0..10).map(|_| once()).collect::<Result<Vec<_>>>().map(Samples::from)
 }
 
 /// Measures and reports.
@@ -111,7 +130,8 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &
         Ok(guest)
     };
     let guests = [start(&specs[0])?, start(&specs[1])?];
-    let mut bench = Bench { effort, choice, clock, images: &images, guests, report };
+    progress("a memcpy");
+    let mut bench = Bench { effort, choice, clock, images: &images, guests, report, memcpy: memcpy(clock)? };
     for (n, &qcow2) in formats.iter().enumerate() {
         bench.disks(qcow2, n)?;
     }
@@ -217,8 +237,8 @@ impl Bench<'_> {
                 let mark = clock.mark();
                 Ok(net::measure(&taps[who], way, seconds)? * clock.stretch(&mark)?)
             })?;
-            self.row(name.clone(), "MiB/s", ours.clone(), peer, "vhost=off", true);
-            self.row(format!("{name}.vhost"), "MiB/s", ours, vhost, "vhost=on", false);
+            self.row(name.clone(), fio::MIB, ours.clone(), peer, "vhost=off", true);
+            self.row(format!("{name}.vhost"), fio::MIB, ours, vhost, "vhost=on", false);
         }
         Ok(())
     }
@@ -240,16 +260,16 @@ impl Bench<'_> {
                 let mark = clock.mark();
                 Ok(vsock::measure(&sockets[who], way, seconds)? * clock.stretch(&mark)?)
             })?;
-            self.row(name, "MiB/s", ours, peer, "vhost-vsock", true);
+            self.row(name, fio::MIB, ours, peer, "vhost-vsock", true);
         }
         Ok(())
     }
 
     fn row(&mut self, name: String, unit: &'static str, ours: Samples, peer: Samples, how: &str, promised: bool) {
         let promise = if promised { Promise::RatioAtLeast(SHARE) } else { Promise::None };
-        let peer_name = format!("{}, io", Monitor::Q35.name());
-        let how = how.to_owned();
-        self.report.add(Row { name, unit, kind: Kind::Timed, promise, ours, peer, peer_name, how });
+        let peer = Peer::in_turns(format!("{}, io", Monitor::Q35.name()), how, peer);
+        let row = Row::new(name, unit, ours).promised(promise).beside(peer);
+        self.report.add(if unit == fio::MIB { row.above(Peer::of("one memcpy", self.memcpy.clone())) } else { row });
     }
 }
 
@@ -272,6 +292,12 @@ fn in_turn<const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_copied() {
+        let copied = memcpy(&Clock::new(None)).unwrap();
+        assert!(copied.n() == 10 && copied.quantile(0.0) > 1.0, "{copied:?}");
+    }
 
     #[test]
     fn turns_alternate_and_begin_with_another_each_round() {

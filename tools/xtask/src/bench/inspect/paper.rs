@@ -25,7 +25,7 @@ use crate::bench::peer::kernel::{Kernel, look_up};
 use crate::bench::peer::root_port;
 use crate::bench::peer::stub::Stub;
 use crate::bench::qmp::Qmp;
-use crate::bench::report::Report;
+use civic_bench::report::Report;
 
 /// The second QEMU, in the report.
 pub const SECOND: &str = "qemu, second";
