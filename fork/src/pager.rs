@@ -533,6 +533,12 @@ impl Pager {
         matches!(self.phase, Phase::Arming { .. } | Phase::Disarming { .. })
             || !self.warming.is_empty()
             || self.wants_slots()
+            || self.has_spare()
+    }
+
+    /// Whether the store has memory to give back.
+    fn has_spare(&self) -> bool {
+        self.store.is_long(!self.generations.is_empty())
     }
 
     /// Whether slots should be made ready for what the source is about to overwrite.
@@ -728,12 +734,15 @@ impl Pager {
         self.serve_source()?;
         match self.phase {
             Phase::Arming { next, rounds } => self.arm_on(next, rounds)?,
-            Phase::Disarming { next } => self.disarm_on(next)?,
+            // What the store gives back is given back before all is over.
+            Phase::Disarming { next } if !self.has_spare() => self.disarm_on(next)?,
             _ => {
                 if self.wants_slots() {
                     self.starved = !self.store.prepare();
                 } else if let Some((id, first, len)) = self.warming.pop_front() {
                     self.warm(id, first, len);
+                } else {
+                    self.store.trim(!self.generations.is_empty());
                 }
             }
         }
@@ -972,7 +981,6 @@ impl Pager {
         for slot in generation.into_slots() {
             self.store.release(slot);
         }
-        self.store.trim();
         self.starved = false;
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!  never used ── grow: fallocate ──▶ ready ── take ──▶ used (by so many generations) ── release ──▶ ready
 //!       ▲                                                                                             │
-//!       └────────────────── too many are ready: punched, their memory goes back to the host ◀─────────┘
+//!       └─── too many are ready: some at a time are punched, their memory goes back to the host ◀──────┘
 //! ```
 //!
 //! A slot has memory behind it, and is in this process's page table, before it is given out, so filling it cannot fail, nor waits for the
@@ -68,6 +68,8 @@ const GROWTH: u32 = 8;
 const AHEAD: usize = 128;
 /// Slots kept ready; of more than that, the memory goes back to the host.
 const READY: usize = 1024;
+/// So many at a time: whoever waits just then waits for all of them. 3 GiB at once took 1.1 s, after which a page server passes for dead.
+const TRIM: usize = 512;
 
 /// The slots.
 #[derive(Debug)]
@@ -78,6 +80,8 @@ pub struct Store {
     end: u32,
     limit: u32,
     ready: Vec<u32>,
+    /// Whether those are in order, the first to be given out last.
+    sorted: bool,
     /// Before `end`, without memory.
     punched: Vec<u32>,
     /// By slot: generations that need it.
@@ -92,7 +96,8 @@ impl Store {
         let bytes = u64::from(limit + 1) * PAGE as u64;
         memfd.set_len(bytes).map_err(StoreError::NoMemory)?;
         let map = Map::new(&memfd, bytes as usize).map_err(StoreError::Map)?;
-        let store = Self { memfd, map, end: 1, limit, ready: vec![], punched: vec![], users: vec![0], used: 0 };
+        let (ready, punched) = (vec![], vec![]);
+        let store = Self { memfd, map, end: 1, limit, ready, sorted: false, punched, users: vec![0], used: 0 };
         store.back(PASSAGE.0, 1)?;
         Ok(store)
     }
@@ -155,17 +160,30 @@ impl Store {
         if *users == 0 {
             self.used -= 1;
             self.ready.push(slot.0);
+            self.sorted = false;
         }
     }
 
-    /// Gives memory of slots that nobody needs back to the host.
-    pub fn trim(&mut self) {
-        let keep = if self.used == 0 { 0 } else { READY };
-        if self.ready.len() <= keep {
+    /// Slots whose memory may go back to the host.
+    fn spare(&self, wanted: bool) -> usize {
+        self.ready.len().saturating_sub(if wanted { READY } else { 0 })
+    }
+
+    /// Whether [`Store::trim`] has something to do; `wanted`, whether there is something that slots may be wanted for.
+    pub fn is_long(&self, wanted: bool) -> bool {
+        self.spare(wanted) > 0
+    }
+
+    /// Gives memory of some slots that nobody needs back to the host.
+    pub fn trim(&mut self, wanted: bool) {
+        if !self.is_long(wanted) {
             return;
         }
-        self.ready.sort_unstable_by(|a, b| b.cmp(a));
-        let mut rest = self.ready.drain(..self.ready.len() - keep).rev().peekable();
+        if !std::mem::replace(&mut self.sorted, true) {
+            self.ready.sort_unstable_by(|a, b| b.cmp(a));
+        }
+        let some = self.spare(wanted).min(TRIM);
+        let mut rest = self.ready.drain(..some).rev().peekable();
         while let Some(first) = rest.next() {
             let mut len = 1;
             while rest.next_if_eq(&(first + len)).is_some() {
@@ -177,7 +195,7 @@ impl Store {
             self.punched.extend(first..first + len);
         }
         drop(rest);
-        if self.used == 0 {
+        if self.used == 0 && self.ready.is_empty() {
             (self.end, self.users, self.punched) = (1, vec![0], vec![]);
             self.ready.shrink_to_fit();
         }
@@ -190,6 +208,7 @@ impl Store {
             self.users.resize((self.end + fresh) as usize, 0);
             // The first is given out first.
             self.ready.extend((self.end..self.end + fresh).rev());
+            self.sorted = false;
             self.end += fresh;
             return Ok(());
         }
@@ -200,6 +219,7 @@ impl Store {
                 return if self.ready.is_empty() { Err(e) } else { Ok(()) };
             }
             self.ready.push(slot);
+            self.sorted = false;
         }
         Ok(())
     }
@@ -257,6 +277,17 @@ mod tests {
     use super::*;
     use crate::testing::{contents, fill, memfd, populated};
 
+    /// All that may go has gone, a little at a time.
+    fn trimmed(store: &mut Store) {
+        let wanted = store.used() > 0;
+        while store.is_long(wanted) {
+            let before = populated(&store.memfd);
+            store.trim(wanted);
+            let gone = before - populated(&store.memfd);
+            assert!(gone > 0 && gone <= (TRIM * PAGE) as u64, "{gone} bytes at once");
+        }
+    }
+
     #[test]
     fn slots_are_shared_given_back_and_bounded() {
         let ram = memfd(8 * PAGE as u64);
@@ -280,7 +311,7 @@ mod tests {
         assert_eq!(store.page(first), contents(3));
         store.release(first);
         assert_eq!(populated(&store.memfd), 101 * PAGE as u64);
-        store.trim();
+        trimmed(&mut store);
         assert_eq!(populated(&store.memfd), PAGE as u64);
         let again = put(&mut store, 5, 1);
         assert_eq!(store.page(again), contents(5));
@@ -301,7 +332,7 @@ mod tests {
         for slot in slots.iter().skip(1) {
             store.release(*slot);
         }
-        store.trim();
+        trimmed(&mut store);
         assert_eq!(populated(&store.memfd), (READY as u64 + 2) * PAGE as u64);
         assert_eq!(store.page(slots[0]), contents(0));
         for _ in 1..limit {
