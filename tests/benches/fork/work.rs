@@ -52,6 +52,15 @@ pub struct Worker {
     ram: GuestRam,
 }
 
+/// How a guest is forked while it works.
+#[derive(Clone, Copy, Debug)]
+pub struct Forking {
+    /// From one fork to the next.
+    pub every: Duration,
+    /// Whether forks stand still.
+    pub frozen: bool,
+}
+
 /// What some time of it showed, with forks or without.
 pub struct Stretch {
     /// What it did in a second.
@@ -102,18 +111,18 @@ impl Worker {
         done(&GuestRam::of(fork.pid()))
     }
 
-    /// Lets it work for as long as this, and forks it so often. A fork runs for half of the time until the next, a second at most.
-    pub fn stretch(&self, length: Duration, every: Option<Duration>) -> Stretch {
+    /// Lets it work for as long as this, and forks it so. A fork lives for half of the time until the next, a second at most.
+    pub fn stretch(&self, length: Duration, forking: Option<Forking>) -> Stretch {
         let (begun, before) = (Instant::now(), self.done());
         let mut forks = Vec::new();
-        if let Some(every) = every {
+        if let Some(Forking { every, frozen }) = forking {
             let life = LIFE.min(every / 2);
             // In the middle of its time, so that as much of what comes after a fork is in the stretch for all of them.
             let mut due = begun + every / 2;
             while due < begun + length {
                 std::thread::sleep(due.saturating_duration_since(Instant::now()));
                 let waiting = self.vm.waiting(&format!("c{}", forks.len()));
-                let (told, mut children) = self.vm.fork(vec![waiting], false);
+                let (told, mut children) = self.vm.fork(vec![waiting], frozen);
                 // It is to live for so long; nothing is waited for.
                 std::thread::sleep(life);
                 children[0].kill();
@@ -127,11 +136,11 @@ impl Worker {
         Stretch { rate: f64::from(done) / length.as_secs_f64(), forks, length }
     }
 
-    /// What it loses, in percent, to forks every so often: of rounds, each with a stretch without and one with them, in turns.
-    pub fn losses(&self, length: Duration, every: Duration, rounds: usize) -> Losses {
+    /// What it loses, in percent, to forks: of rounds, each with a stretch without and one with them, in turns.
+    pub fn losses(&self, length: Duration, forking: Forking, rounds: usize) -> Losses {
         let mut losses = Losses { percent: Vec::new(), pauses: Vec::new(), paces: Vec::new() };
         for round in 0..rounds {
-            let stretch = |forked: bool| self.stretch(length, forked.then_some(every));
+            let stretch = |forked: bool| self.stretch(length, forked.then_some(forking));
             let (plain, forked) = if round % 2 == 0 {
                 let plain = stretch(false);
                 (plain, stretch(true))
