@@ -22,8 +22,8 @@ const LAST: u64 = 3 << 30;
 const FOOTPRINT: u32 = 350 << 20;
 /// Multiplications between one page and the next: some tens of microseconds, and so some 100 MB/s of pages written.
 const SPINS: u32 = 32 << 10;
-/// The disk, and what is read or written of it at a time.
-const DISK: u64 = 256 << 20;
+/// The disk, and what is read or written of it at a time: small enough that a stretch has many turns of both.
+const DISK: u64 = 64 << 20;
 const CHUNK: u32 = 256 << 10;
 /// The ACPI event of devices that come and go, enabled by its second bit.
 const GPE_ENABLE: u16 = 0x624;

@@ -36,8 +36,9 @@ const INCOMPARABLE: &str = "What cannot be compared:
 * The paper's resident set is the clone's own; that of a fork consists mostly of pages of its source's, which cost the host nothing more.
   What it does cost is `cowed`. Nothing is transferred to a fork on the same host.
 * A fork that goes on writing all its source's memory is looked at after one whole sweep, the paper's when its tools had run.
-* `stress`, x264 and bonnie++ need a kernel: here a guest writes its memory; computes on 350 MiB; reads and writes 256 MiB of disk in turns through the
-  host's page cache. The web server is a Debian's nginx, its clients on the same host, its page one of counters.
+* `stress`, x264 and bonnie++ need a kernel: here a guest writes its memory; computes on 350 MiB; reads and writes 64 MiB of disk in turns through the
+  host's page cache. The web server is a Debian's nginx, its clients on the same host, its page one of counters; in the testbed all share one
+  processor, forks included.
 * The paper's clones ran monitoring tasks; these forks go on with their source's work, or stand still (`frozen`).
 * The paper could not clone more often than every 10 s, and counted lost pings in steps of 0.1 s.
 * Copies to another host are not there yet.
