@@ -3,7 +3,7 @@
 //! Whom it lets through would otherwise take the processor from it at once, before it has gone to sleep. It is then neither asleep, so that the
 //! next vCPU that waits for it could wake it on an idle processor, nor running: it waits behind the first, which computes on until it has to
 //! wait itself. With bare-metal guests on 2 processors and the scheduler's default of 1.4 ms, the source's first writes were held up for
-//! 940 us at p99; with a slice of 0.1 ms, and no `sched_yield(2)`, which did the same harm, for 100 us (`cargo xtask bench fork`, `write.stall`).
+//! 940 us at p99; with a slice of 0.1 ms, and no `sched_yield(2)`, which did the same harm, for 100 us (`cargo xtask bench fork`, `fork.write_stall`).
 //!
 //! `sched_setattr(2)`; `sched_runtime` of ordinary threads counts since Linux 6.12 (857b158dc5e8), which is no error before.
 #![allow(unsafe_code)]

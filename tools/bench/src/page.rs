@@ -24,7 +24,8 @@ Written by `cargo xtask performance` out of what `cargo xtask bench … --json` 
 * **x floor**: as a multiple of what the machine itself needs for the like, by the same run: `fork(2)` of as much memory, a bare KVM VM, the
   kernel's copy on write, a bare userfaultfd round trip.
 * Times of the *testbed*, an emulated host, are not shown: only ratios between programs that ran in it side by side mean anything.
-* *bare-metal guest code*: the guest is a few instructions of our own on this machine's KVM, and its times are real.
+* *bare-metal guest code*: the guest is a few instructions of our own on this machine's KVM. Times are real, though a KVM without hardware
+  virtualisation may interpret what runs in a guest kernel's place.
 ";
 
 const INCOMPARABLE: &str = "What cannot be compared:
@@ -47,6 +48,12 @@ const INCOMPARABLE: &str = "What cannot be compared:
 /// Writes the page, and its plots into a folder of its name beside it.
 pub fn write(records: &[Record], to: &Path) -> io::Result<()> {
     let folder = to.with_extension("");
+    // Those of a page before, which may have had others.
+    for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+        if entry.path().extension().is_some_and(|extension| extension == "svg") {
+            fs::remove_file(entry.path())?;
+        }
+    }
     let page = make(records, &folder.file_name().unwrap_or_default().to_string_lossy());
     for (name, plot) in &page.plots {
         let path = folder.join(name);
@@ -304,6 +311,9 @@ mod tests {
     fn the_page_and_its_plots_are_written() {
         let folder = std::env::temp_dir().join(format!("civic-page-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
+        write(&records(Where::Bare), &folder.join("page.md")).unwrap();
+        write(&records(Where::Testbed), &folder.join("page.md")).unwrap();
+        assert!(!folder.join("page/0-times.svg").exists(), "it is of a page before");
         write(&records(Where::Bare), &folder.join("page.md")).unwrap();
         let text = fs::read_to_string(folder.join("page.md")).unwrap();
         assert!(text.contains("](page/figures.svg)"));
