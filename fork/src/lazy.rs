@@ -37,12 +37,11 @@ use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use userfaultfd::EventBuffer;
 use vm_memory::GuestMemoryMmap;
 
 use crate::image::{Image, LoadError, data_runs};
 use crate::ram::{PAGE, Ram, RamError};
-use crate::uffd::{Fault, FeatureFlags, UffdError, Userfault};
+use crate::uffd::{EventBuffer, Fault, FeatureFlags, UffdError, Userfault};
 
 /// What the userfaultfd for [`LazyMemory::start`] must have been opened with.
 pub const FEATURES: FeatureFlags = FeatureFlags::MISSING_SHMEM;

@@ -8,6 +8,7 @@ use civic_confine::Kind;
 use civic_fork::hello::{Hello, Role, VERSION, socket};
 use civic_fork::pager::server::{ServeError, serve};
 use civic_fork::wire::{Wire, WireError};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 const USAGE: &str = "\
 civic-pager: keeps for a VM's forks what the VM overwrites
@@ -48,6 +49,12 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // Each fork is two; the usual soft limit is for programs that use select(2).
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        eprintln!("civic-pager: cannot raise the limit of open files: {e}");
+    }
     let confined = match civic_confine::wanted() {
         Ok(Some(mode)) => civic_confine::begin(Kind::Pager, mode),
         Ok(None) => Ok(()),

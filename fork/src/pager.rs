@@ -94,8 +94,10 @@ pub const CHILD_FEATURES: FeatureFlags = FeatureFlags::from_bits_retain(FEATURES
 const CHUNK: u64 = 8 << 20;
 /// Pages around a child's fault that are mapped with it.
 const NEIGHBOURS: u32 = 16;
-/// Most children of a child, as that may be hostile.
+/// Most that descend from one child of the source and live, as that may be hostile: each is two descriptors, here and in the source.
 const MOST: usize = 512;
+/// Most that descend from any.
+const MOST_IN_ALL: usize = 2048;
 /// Faults read at a time.
 const EVENTS: usize = 64;
 /// An arming round that leaves this few pages to protect in the pause is the last.
@@ -299,6 +301,8 @@ struct Child {
     of: Of,
     /// Of which child it is one; none of the source's own.
     parent: Option<ChildId>,
+    /// From which child of the source's own it descends, be that alive or not.
+    house: ChildId,
     /// Where it began, once it has.
     point: Option<GenerationId>,
     /// Pages that it was given, or that were there for it.
@@ -626,8 +630,15 @@ impl Pager {
         if mappings.bytes() != self.bytes() {
             return Err(Lost::Unserved { why: format!("it has {} bytes of memory", mappings.bytes()) });
         }
-        if parent.is_some() && self.children.values().filter(|child| child.parent == parent).count() >= MOST {
-            return Err(Lost::Unserved { why: format!("the fork that it is to be of has {MOST} children") });
+        let house = parent.map(|parent| self.children.get(&parent).map_or(parent, |child| child.house));
+        if let Some(house) = house {
+            let descend = self.children.values().filter(|child| child.parent.is_some());
+            let (of_it, all) =
+                descend.fold((0, 0), |(of_it, all), child| (of_it + usize::from(child.house == house), all + 1));
+            if of_it >= MOST || all >= MOST_IN_ALL {
+                let why = format!("{MOST} forks of forks of one fork, or {MOST_IN_ALL} in all, are the most");
+                return Err(Lost::Unserved { why });
+            }
         }
         if id >= CHILDREN || self.children.contains_key(&id) {
             return Err(Lost::Unserved { why: format!("its number {id} is not its own") });
@@ -635,7 +646,16 @@ impl Pager {
         let given = Pages::new(self.pages);
         self.children.insert(
             id,
-            Child { uffd, mappings, of: Of::Waiting, parent, point: None, given, service: Times::default() },
+            Child {
+                uffd,
+                mappings,
+                of: Of::Waiting,
+                parent,
+                house: house.unwrap_or(id),
+                point: None,
+                given,
+                service: Times::default(),
+            },
         );
         Ok(())
     }

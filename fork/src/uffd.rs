@@ -25,8 +25,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 pub use userfaultfd::FaultKind;
 pub use userfaultfd::FeatureFlags;
-use userfaultfd::{Error, Event, Uffd};
-pub(crate) use userfaultfd::{EventBuffer, IoctlFlags, RegisterMode};
+use userfaultfd::{Error, Uffd};
+pub(crate) use userfaultfd::{IoctlFlags, RegisterMode};
 use vm_memory::VolatileSlice;
 
 use crate::ram::{Hva, Mapping, Mappings, PAGE};
@@ -97,6 +97,27 @@ pub struct Fault {
     pub offset: u64,
     /// What it waits for.
     pub kind: FaultKind,
+}
+
+/// Bytes of a `struct uffd_msg`: its event first, a fault's flags and address at 8 and 16.
+const MESSAGE: usize = 32;
+const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+const UFFD_PAGEFAULT_FLAG_WP: u64 = 1 << 1;
+const UFFD_PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
+
+fn word(message: &[u8; MESSAGE], at: usize) -> u64 {
+    message[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes))
+}
+
+/// Room for what a userfaultfd tells.
+#[derive(Debug)]
+pub(crate) struct EventBuffer(Vec<u8>);
+
+impl EventBuffer {
+    /// For so many events.
+    pub(crate) fn new(events: usize) -> Self {
+        Self(vec![0; events * MESSAGE])
+    }
 }
 
 /// How often a call is tried again that Linux ends because the address space was changing. Each time something else has got on; one
@@ -182,23 +203,41 @@ impl Userfault {
         Ok(())
     }
 
-    /// The accesses that wait, as many as `events` has room for. Does not wait.
+    /// The accesses that wait, as many as `events` has room for. Does not wait, even where somebody has taken `O_NONBLOCK` away meanwhile:
+    /// that belongs to all copies of the descriptor.
     pub(crate) fn faults(&self, mappings: &Mappings, events: &mut EventBuffer) -> Result<Vec<Fault>, UffdError> {
-        let unexpected = |event| UffdError::Unexpected { event };
-        let events = match self.0.read_events(events) {
-            Ok(events) => events,
-            Err(Error::SystemError(errno)) if errno as i32 == libc::EAGAIN => return Ok(Vec::new()),
-            Err(e) => return Err(failed("reading a userfaultfd")(io_error(e))),
+        let len = match self.read(&mut events.0) {
+            Ok(len) => len,
+            Err(Errno::EAGAIN) => return Ok(Vec::new()),
+            Err(e) => return Err(failed("reading a userfaultfd")(e.into())),
         };
-        let fault = |event| match event {
-            Ok(Event::Pagefault { kind, addr, .. }) => {
-                let offset = mappings.offset_of(Hva(addr as u64)).map(|offset| offset - offset % PAGE as u64);
-                let offset = offset.ok_or_else(|| unexpected(format!("fault at {addr:p}, outside guest memory")))?;
-                Ok(Fault { offset, kind })
+        let fault = |message: &[u8; MESSAGE]| {
+            let (event, flags, address) = (message[0], word(message, 8), word(message, 16));
+            if event != UFFD_EVENT_PAGEFAULT {
+                return Err(UffdError::Unexpected { event: format!("of kind {event:#x}") });
             }
-            event => Err(unexpected(format!("{event:?}"))),
+            let outside = || UffdError::Unexpected { event: format!("fault at {address:#x}, outside guest memory") };
+            let offset = mappings.offset_of(Hva(address)).ok_or_else(outside)?;
+            let kind = match (flags & UFFD_PAGEFAULT_FLAG_WP, flags & UFFD_PAGEFAULT_FLAG_MINOR) {
+                (0, 0) => FaultKind::Missing,
+                (0, _) => FaultKind::Minor,
+                _ => FaultKind::WriteProtected,
+            };
+            Ok(Fault { offset: offset - offset % PAGE as u64, kind })
         };
-        events.map(fault).collect()
+        events.0[..len].as_chunks().0.iter().map(fault).collect()
+    }
+
+    fn read(&self, bytes: &mut [u8]) -> Result<usize, Errno> {
+        let fd = self.0.as_raw_fd();
+        let into = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        // SAFETY: the kernel writes at most `iov_len` bytes to `iov_base`, which are those of `bytes`, borrowed for as long as the call lasts.
+        let read = Errno::result(unsafe { libc::preadv2(fd, &raw const into, 1, -1, libc::RWF_NOWAIT) });
+        match read {
+            // Before Linux 6.10 only the descriptor itself says that nobody waits.
+            Err(Errno::EOPNOTSUPP) => nix::unistd::read(self.as_fd(), bytes),
+            read => read.map(|len| len as usize),
+        }
     }
 
     /// From now on the first write to each of these pages waits for an answer; the pages need not be there.

@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::sockopt::{PeerCredentials, SendTimeout};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr,
-    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, shutdown, socket, socketpair,
+    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, shutdown, socket, socketpair,
 };
+use nix::sys::time::TimeVal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -122,6 +123,12 @@ impl Wire {
     /// The process at the other end, as it was when it connected.
     pub fn peer(&self) -> io::Result<i32> {
         Ok(getsockopt(&self.0, PeerCredentials)?.pid())
+    }
+
+    /// From now on what is sent here waits for somebody who does not read for so long at most, and then fails.
+    pub fn set_patience(&self, limit: Duration) -> io::Result<()> {
+        let limit = TimeVal::new(limit.as_secs() as i64, i64::from(limit.subsec_micros()));
+        Ok(setsockopt(&self.0, SendTimeout, &limit)?)
     }
 
     /// Ends the connection, whoever waits at it: either end sees it closed.

@@ -16,7 +16,7 @@ use civic_devices::virtio::balloon::PageRelease;
 use civic_fork::disk::reopen_read_only;
 use civic_fork::huge;
 use civic_fork::lazy::Progress;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{Mode, fchmod};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -178,10 +178,13 @@ impl PageRelease for HolePuncher {
 }
 
 fn memfd(bytes: u64) -> io::Result<File> {
-    let fd = memfd_create(c"civic-ram", MFdFlags::MFD_CLOEXEC)?;
+    let fd = memfd_create(c"civic-ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     fchmod(fd.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
     let file = File::from(fd);
     file.set_len(bytes)?;
+    // Whoever gets hold of it cannot cut it under its machine, which would end that, nor seal more: the page server must punch holes.
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
 }
 
@@ -197,6 +200,8 @@ mod tests {
         let memory = Memory::allocate(&layout).unwrap();
         assert_eq!(memory.memfd.metadata().unwrap().mode() & 0o777, 0o600);
         assert_eq!(memory.memfd.metadata().unwrap().len(), 4 << 30);
+        assert!(memory.memfd.set_len(0).is_err() && memory.memfd.set_len(5 << 30).is_err());
+        assert!(fcntl(&*memory.memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).is_err());
         memory.ram.write_obj(0x1122_3344u32, GuestAddress((4 << 30) + 8)).unwrap();
         let mut word = [0; 4];
         memory.memfd.read_exact_at(&mut word, (3 << 30) + 8).unwrap();

@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::journal::Journal;
 use super::protocol::{Request, Response};
 use super::store::Store;
-use super::{CHILDREN, ChildId, Notice, Pager, PagerError};
+use super::{CHILDREN, ChildId, Lost, Notice, Pager, PagerError};
 use crate::slice;
 use crate::uffd::{UffdError, Userfault};
 use crate::wire::{Wire, WireError};
@@ -166,8 +166,13 @@ impl Server {
                     // Answered by every step.
                     Token::Source => (),
                     Token::Wire => source_lives = self.hear_source()?,
+                    // Of a userfaultfd this says that it cannot be waited for: its owner has taken O_NONBLOCK away.
+                    Token::Memory(child) if event.events().contains(EpollFlags::EPOLLERR) => {
+                        let why = "its userfaultfd has whoever reads it wait".into();
+                        self.pager.lose(child, Lost::Unserved { why });
+                    }
                     Token::Memory(child) => drop(self.pager.serve_child(child)?),
-                    Token::Lifeline(child) => self.hear_child(child),
+                    Token::Lifeline(child) => self.hear_child(child, event.events()),
                 }
             }
             if self.arming
@@ -218,9 +223,10 @@ impl Server {
     }
 
     /// Obeys one thing that a child says, if that is for it to say; anything else is its end.
-    fn hear_child(&mut self, child: ChildId) {
+    fn hear_child(&mut self, child: ChildId, flags: EpollFlags) {
         let Some(lifeline) = self.lifelines.get(&child) else { return };
         match lifeline.try_receive::<Request>() {
+            Ok(None) if flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) => self.end(child),
             Ok(None) => (),
             // Its next request comes after the answer: one that does not wait for it is told twice at most.
             Ok(Some((Request::Expect, _))) if !self.expecting.contains(&child) => self.answer_expecting(child),
@@ -248,6 +254,8 @@ impl Server {
             }
             Request::Forget { child } if is_its(&self.pager, child) => {
                 self.forget(child);
+                // It holds descriptors of it, too.
+                self.answer(&Response::Notice(Notice::Gone(child)));
                 Response::Done
             }
             // It may have gone meanwhile.
@@ -346,6 +354,9 @@ impl Server {
         self.lifelines.insert(child, lifeline);
         if let Err(e) = memory.unwrap_or(Ok(())).and(life) {
             self.forget(child);
+            if parent.is_some() {
+                self.answer(&Response::Notice(Notice::Gone(child)));
+            }
             return Err(e.to_string());
         }
         Ok(())

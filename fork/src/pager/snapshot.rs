@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::mman::ProtFlags;
@@ -21,6 +21,9 @@ use crate::ram::PAGE;
 /// What nobody may be able to do to it any more.
 pub const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_FUTURE_WRITE);
 
+/// Of what `st_blocks` counts.
+const BLOCK: u64 = 512;
+
 /// Why a snapshot is none.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -30,6 +33,9 @@ pub enum SnapshotError {
     /// It names a page that there is not, or one twice.
     #[error("it has a page {0:#x} that it cannot have")]
     Page(u32),
+    /// Some of it is not there.
+    #[error("it has holes")]
+    Hole,
     /// It is too short, or cannot be mapped.
     #[error("it cannot be read")]
     System(#[from] io::Error),
@@ -62,8 +68,13 @@ impl Snapshot {
             return Err(SnapshotError::Unsealed);
         }
         let len = u64::from(count) * PAGE as u64;
-        if count as usize > pages || memfd.metadata()?.len() < len + u64::from(count) * 4 {
+        let (meta, whole) = (memfd.metadata()?, len + u64::from(count) * 4);
+        if count as usize > pages || meta.len() < whole {
             return Err(SnapshotError::System(io::ErrorKind::UnexpectedEof.into()));
+        }
+        // A hole would become a page at the first look, and be the memory of whoever looks. The seals keep any from being made later.
+        if meta.blocks() * BLOCK < whole {
+            return Err(SnapshotError::Hole);
         }
         let mut numbers = vec![0; count as usize * 4];
         memfd.read_exact_at(&mut numbers, len)?;
@@ -145,6 +156,11 @@ mod tests {
         assert!(matches!(open(&memfd(&[1, 1], SEALS), 2), SnapshotError::Page(1)));
         assert!(matches!(open(&memfd(&[1, 2], SEALS), 3), SnapshotError::System(_)));
         assert!(matches!(open(&memfd(&[1, 2], SEALS), u32::MAX), SnapshotError::System(_)));
+        let hollow = File::from(memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        hollow.set_len(3 * PAGE as u64).unwrap();
+        hollow.write_all_at(&[1, 0, 0, 0, 2, 0, 0, 0], 2 * PAGE as u64).unwrap();
+        fcntl(&hollow, FcntlArg::F_ADD_SEALS(SEALS)).unwrap();
+        assert!(matches!(open(&hollow, 2), SnapshotError::Hole));
         let pipe = File::from(nix::unistd::pipe().unwrap().0);
         assert!(matches!(open(&pipe, 1), SnapshotError::System(_)));
     }

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,10 @@ const PAGE_SERVER: Duration = Duration::from_secs(5);
 const IN_USE: Duration = Duration::from_secs(5);
 /// Most monitors that wait at a time.
 const MAX_WAITING: usize = 256;
+/// Most that have connected and not said yet who they are.
+const MAX_UNHEARD: usize = 256;
+/// How long a message may take to go to a monitor that does not read.
+const UNREAD: Duration = Duration::from_secs(1);
 
 /// The machine of this boot, as far as a fork needs it.
 pub struct Origin {
@@ -205,12 +210,14 @@ pub struct Family {
     changed: Condvar,
     /// By name.
     parent: Option<String>,
+    /// How many are being heard.
+    unheard: AtomicUsize,
 }
 
 impl Family {
     /// Of a VM that is forked from `parent`, or of none.
     pub fn new(parent: Option<String>) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::default(), changed: Condvar::new(), parent })
+        Arc::new(Self { inner: Mutex::default(), changed: Condvar::new(), parent, unheard: AtomicUsize::new(0) })
     }
 
     /// It was forked, and this is which fork of its parent it is of.
@@ -233,8 +240,15 @@ impl Family {
             loop {
                 match (listener.accept(), family.upgrade()) {
                     (_, None) => return,
+                    (Ok(_), Some(family)) if family.unheard.load(Ordering::Relaxed) >= MAX_UNHEARD => {
+                        warn!("{MAX_UNHEARD} have connected to fork.sock and say nothing: another one is turned away");
+                    }
                     (Ok(wire), Some(family)) => {
-                        let hear = move || family.hear(wire);
+                        let unheard = Unheard::new(&family);
+                        let hear = move || {
+                            family.hear(wire);
+                            drop(unheard);
+                        };
                         if let Err(e) = std::thread::Builder::new().name("fork-hello".into()).spawn(hear) {
                             warn!("cannot hear who connects to fork.sock: {e}");
                         }
@@ -252,6 +266,9 @@ impl Family {
 
     /// Hears who connects, and answers.
     fn hear(self: &Arc<Self>, wire: Wire) {
+        if let Err(e) = wire.set_patience(UNREAD) {
+            return warn!("somebody connected to fork.sock: {e}");
+        }
         let Visitor { hello, process } = match Visitor::hear(&wire, PATIENCE) {
             Ok(visitor) => visitor,
             Err(e) => return warn!("somebody connected to fork.sock: {e}"),
@@ -646,6 +663,22 @@ impl Family {
         if let Err(e) = std::thread::Builder::new().name("fork-lost".into()).spawn(lose) {
             warn!("cannot tell children that their disks are lost: {e}");
         }
+    }
+}
+
+/// Somebody who is being heard.
+struct Unheard(Arc<Family>);
+
+impl Unheard {
+    fn new(family: &Arc<Family>) -> Self {
+        family.unheard.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(family))
+    }
+}
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        self.0.unheard.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

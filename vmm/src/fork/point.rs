@@ -193,11 +193,17 @@ fn hand_over(
         // One each: they read from where it stands.
         let mut memfd = File::from(memfd_create(c"civic-state", MFdFlags::MFD_CLOEXEC)?);
         memfd.write_all(&state)?;
-        let _ = link.send(&ToChild::Go(go.clone()), &[memfd.as_fd()]);
+        let mut sent = link.send(&ToChild::Go(go.clone()), &[memfd.as_fd()]);
         for (disk, generation) in disks.iter().zip(frozen) {
             let parts = disk.parts(generation.as_ref())?;
             let (message, fds) = parts.message();
-            let _ = link.send(&message, &fds);
+            // One that does not read is not waited for again.
+            sent = sent.and_then(|()| link.send(&message, &fds));
+        }
+        if let Err(e) = sent {
+            // Whoever waits for its first word waits no longer than it must.
+            tracing::warn!("a child does not take what it is to be: {e}");
+            link.shut_down();
         }
     }
     Ok(())
