@@ -445,6 +445,27 @@ impl Waiting {
     }
 }
 
+/// A hostile program in the place of a fork's monitor. Dropping it ends the process.
+pub struct Hostile {
+    _child: Process,
+    heard: std::sync::mpsc::Receiver<String>,
+    _setup: Setup,
+}
+
+impl Hostile {
+    /// The lines that it says before it says `word`.
+    pub fn until(&mut self, word: &str) -> Vec<String> {
+        let mut lines = Vec::new();
+        loop {
+            match self.heard.recv_timeout(PATIENCE) {
+                Ok(line) if line == word => return lines,
+                Ok(line) => lines.push(line),
+                Err(e) => panic!("the hostile program does not say {word:?} ({e}), but: {lines:#?}"),
+            }
+        }
+    }
+}
+
 impl Drop for Vm {
     /// A test that has failed may have done so because of another VM than the one that it tells of.
     fn drop(&mut self) {
@@ -721,17 +742,7 @@ impl Vm {
     }
 
     fn child(&self, name: &str, devices: &[NewDevice]) -> (Rc<Setup>, (Process, Launch, PathBuf)) {
-        let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
-        let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
-        let setup = Rc::new(Setup {
-            root,
-            config,
-            user: None,
-            run_dir: self.setup.run_dir.clone(),
-            jailed: self.setup.jailed && self.setup.user.is_none(),
-            beside: Some(self.setup.root().to_owned()),
-            source: Some(self.dir()),
-        });
+        let setup = Rc::new(self.child_setup(name));
         let request = ForkConfig {
             name: name.into(),
             fork_of: self.dir(),
@@ -743,6 +754,38 @@ impl Vm {
         let request = serde_json::to_string(&request).expect("a request is JSON");
         let spawned = setup.spawn(&setup.write_config(&request));
         (setup, spawned)
+    }
+
+    /// `program` in the place of the monitor of a fork of this VM, which `attack`s: see civic-hostile.
+    pub fn hostile(&self, name: &str, program: &Path, attack: &str) -> Hostile {
+        let setup = self.child_setup(name);
+        let mut command = if setup.jailed {
+            setup.jail(program)
+        } else {
+            let mut command = Command::new(program);
+            command.arg(self.dir().join(FORK_SOCKET_FILE));
+            command
+        };
+        command.args([name, attack]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = Process { child: command.spawn().expect("the program can be started"), pid: None };
+        let stdout = BufReader::new(child.child.stdout.take().expect("its stdout is a pipe"));
+        let (say, heard) = std::sync::mpsc::channel();
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| say.send(line)));
+        Hostile { _child: child, heard, _setup: setup }
+    }
+
+    fn child_setup(&self, name: &str) -> Setup {
+        let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
+        let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
+        Setup {
+            root,
+            config,
+            user: None,
+            run_dir: self.setup.run_dir.clone(),
+            jailed: self.setup.jailed && self.setup.user.is_none(),
+            beside: Some(self.setup.root().to_owned()),
+            source: Some(self.dir()),
+        }
     }
 
     /// Starts a page server for this VM, if it has none. Its process id.

@@ -8,6 +8,7 @@ mod endings;
 mod exits;
 mod fork_deaths;
 mod forking;
+mod hostile;
 mod huge;
 mod inspecting;
 mod interrupts;
