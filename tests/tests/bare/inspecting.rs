@@ -68,13 +68,21 @@ impl Source {
         said
     }
 
-    /// Those of our directory that run.
+    /// Those of our directory that run, but for the source's own guardian where it is jailed.
     fn processes(&self) -> BTreeSet<u32> {
         let ours = self.run_dir().display().to_string();
         let pids = fs::read_dir("/proc").unwrap().flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(|pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains(&ours)))
-            .collect()
+        let runs =
+            |pid: &u32| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains(&ours));
+        pids.filter(|pid| runs(pid) && jailed_by(*pid) != Some(self.vm.pid())).collect()
+    }
+
+    /// The page server, if it runs.
+    fn page_server(&self) -> Option<u32> {
+        let found = self.processes().into_iter().find(|pid| serves_pages(*pid))?;
+        // In a jail its own command line names nothing of the host.
+        if program(found) == "civic-jailer" { jailed_by(found) } else { Some(found) }
     }
 
     fn entries(&self) -> Vec<String> {
@@ -93,10 +101,7 @@ impl Source {
     /// The same where a page server may have come for which there is nobody: it waits for a minute.
     fn nothing_but_a_page_server_is_left(&self) {
         self.vm.until("processes to end", |vm| {
-            let pager = |pid: &u32| {
-                fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "civic-pager")
-            };
-            self.processes().into_iter().filter(|pid| !pager(pid)).collect::<Vec<_>>() == [vm.pid()]
+            self.processes().into_iter().filter(|pid| !serves_pages(*pid)).collect::<Vec<_>>() == [vm.pid()]
         });
         self.vm.until("its forks to be forgotten", |vm| {
             let Family { children, waiting, .. } = vm.info().family;
@@ -115,7 +120,7 @@ impl Source {
         let dir = format!("{}/{name}", self.run_dir().display());
         let deadline = Instant::now() + END;
         loop {
-            let found = self.processes().into_iter().find(|pid| {
+            let found = self.processes().into_iter().filter(|pid| program(*pid) != "civic-jailer").find(|pid| {
                 let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 // Not the command, which has none of it among its arguments.
                 line.split(|byte| *byte == 0).any(|word| word == dir.as_bytes())
@@ -127,6 +132,25 @@ impl Source {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// The name of a process; empty if there is none.
+fn program(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_owned()
+}
+
+/// Whom a process guards, if it is a jail's guardian.
+fn jailed_by(pid: u32) -> Option<u32> {
+    let guards = program(pid) == "civic-jailer";
+    let children = guards.then(|| fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()).flatten()?;
+    children.split_whitespace().next()?.parse().ok()
+}
+
+/// Whether it is a page server, or the guardian of one.
+fn serves_pages(pid: u32) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let guards = || program(pid) == "civic-jailer" && line.split(|byte| *byte == 0).any(|word| word == b"pager");
+    program(pid) == "civic-pager" || guards()
 }
 
 fn descriptors(pid: u32) -> usize {
@@ -322,9 +346,7 @@ fn a_child_or_page_server_that_is_killed_at_any_stage_leaves_nothing() {
             0 => source.monitor("bare-inspect-2"),
             _ => {
                 let monitors = [source.monitor("bare-inspect-1"), source.monitor("bare-inspect-2")];
-                let others = [Pid::from_raw(command.id() as i32), Pid::from_raw(source.vm.pid() as i32)];
-                let mut all = source.processes().into_iter().map(|pid| Pid::from_raw(pid as i32));
-                all.find(|pid| !monitors.contains(pid) && !others.contains(pid)).unwrap_or(monitors[0])
+                source.page_server().map_or(monitors[0], |pid| Pid::from_raw(pid as i32))
             }
         };
         std::thread::sleep(whole * (round / 2) / ROUNDS);
