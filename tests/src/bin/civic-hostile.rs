@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use civic_fork::hello::{Hello, Role, VERSION};
 use civic_fork::mappings::{Hva, Mapping, Mappings};
+use civic_fork::pager::habits::{Habits, WRITTEN};
 use civic_fork::pager::protocol::{Request, Response};
 use civic_fork::pager::{open_child, watch_child};
 use civic_fork::uffd::Userfault;
@@ -292,7 +293,11 @@ fn ask(lifeline: &Wire, child: &Child) {
     let (other, _here) = Wire::pair().expect("a pair");
     let (uffd, other) = (child.uffd.as_fd(), other.as_fd());
     let (open, hollow, whole) = (snapshot(2, false, true), snapshot(2, true, false), snapshot(2, true, true));
-    let begin = Request::Begin { mappings: mappings(), limit: 1, needed: vec![(0, u32::MAX)] };
+    let begin = Request::Begin {
+        mappings: mappings(),
+        limit: 1,
+        habits: Habits { given: vec![(0, u32::MAX)], ..Habits::default() },
+    };
     for (what, request, fds) in [
         ("begin anew", begin, vec![uffd, pipe.as_fd(), open.as_fd(), whole.as_fd()]),
         ("arm", Request::Arm, vec![]),
@@ -329,6 +334,14 @@ fn ask(lifeline: &Wire, child: &Child) {
         lifeline.send(&Request::Forget { child: id }, &[]).expect("the page server hears");
         assert_eq!(answered(lifeline), Response::Done);
     }
+    // What the next forks are given is bounded by what counts of this.
+    for runs in [vec![(0, u32::MAX)], vec![(u32::MAX, u32::MAX); 1000], vec![(0, u32::MAX); 2]] {
+        lifeline.send(&Request::Wrote { runs }, &[]).expect("the page server hears");
+        assert_eq!(answered(lifeline), Response::Done);
+    }
+    lifeline.send(&Request::Expect, &[]).expect("the page server hears");
+    let Response::Expected(runs) = answered(lifeline) else { panic!("nothing is expected") };
+    assert!(runs.iter().map(|(_, len)| *len).sum::<u32>() <= WRITTEN, "{runs:?}");
     lifeline.send(&Request::Report, &[]).expect("the page server hears");
     let Response::Report(report) = answered(lifeline) else { panic!("no report") };
     assert!(report.children.is_empty() && report.generations.is_empty(), "others are told of: {report:?}");

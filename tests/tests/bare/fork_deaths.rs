@@ -211,6 +211,8 @@ fn whoever_asked_for_a_fork_may_be_gone_before_it_is_made() {
         drop(stream);
         // It is made all the same, or was not begun; then whoever asks next gets it.
         let made = |vm: &Vm| {
+            // One that was about to go when nobody waited yet is gone.
+            vm.page_server();
             let _ = vm.try_fork(ForkRequest { children: vec![waiting.name().into()], paused: false });
             vm.info().family.children.len() == 1
         };
