@@ -5,6 +5,8 @@
 pub mod build;
 pub mod build_hooks;
 pub mod check;
+mod programs;
+mod tree;
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,6 @@
 //! `civic store check`: looks at a store's image without mounting it.
 //!
-//! e2fsprogs read it. While a VM writes to it, its file system is not judged: half of it is in the guest's memory.
+//! e2fsprogs read it. While a VM writes to it, neither its file system nor its programs are judged: half of it is in the guest's memory.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,6 +12,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use serde::Serialize;
 
+use super::programs::{self, Missing};
+use super::tree::Tree;
 use super::{FOLDERS, RECORD, Record, cannot_start};
 use crate::table::table;
 use crate::{advice, show};
@@ -52,6 +54,8 @@ struct Report {
     /// It was not unmounted, and is mended when it is mounted next.
     replays_journal: bool,
     record: Option<Record>,
+    /// What its programs need and is not in it.
+    missing: Vec<Missing>,
     /// What is wrong, a line each.
     problems: Vec<String>,
 }
@@ -72,17 +76,19 @@ pub fn check(image: &Path, json: bool) -> Result<()> {
         let hint = "'civic store build' makes one; if it was one, 'e2fsck -f IMG' may mend it";
         return Err(advice::error(format!("'{shown}' has no ext4 file system"), hint));
     };
-    let mut problems = Vec::new();
+    let (mut problems, mut missing) = (Vec::new(), Vec::new());
     // With a journal to replay, what is on disk is not what will be mounted.
     if used_by != Some(User::Writer) && !space.replays_journal {
         let checked = said("e2fsck", &["-f".as_ref(), "-n".as_ref(), path.as_os_str()])?;
         problems.extend(verdict(checked.status.code()));
+        missing = programs::missing(&Tree::read(&path)?)?;
     }
     let listed = debugfs(&path, "ls -p /")?;
-    let missing: Vec<_> = FOLDERS.into_iter().filter(|name| !has_folder(&listed, name)).collect();
-    if !missing.is_empty() {
-        problems.push(format!("it has no folders {}, which must be there if it is read-only", missing.join(", ")));
+    let folders: Vec<_> = FOLDERS.into_iter().filter(|name| !has_folder(&listed, name)).collect();
+    if !folders.is_empty() {
+        problems.push(format!("it has no folders {}, which must be there if it is read-only", folders.join(", ")));
     }
+    problems.extend(missing.iter().filter(|missing| !missing.optional).map(Missing::told));
     let record = serde_json::from_str(&debugfs(&path, &format!("cat /{RECORD}"))?).ok();
     let report = Report {
         size_bytes: space.size,
@@ -90,6 +96,7 @@ pub fn check(image: &Path, json: bool) -> Result<()> {
         used_by,
         replays_journal: space.replays_journal,
         record,
+        missing,
         problems,
     };
     if json {
@@ -101,7 +108,7 @@ pub fn check(image: &Path, json: bool) -> Result<()> {
         [] => Ok(()),
         problems => Err(advice::error(
             format!("'{shown}': {}", problems.join("; ")),
-            "'e2fsck -f IMG' mends a file system; a store that lacks something is to be built again",
+            "'e2fsck -f IMG' mends a file system; a store that lacks something is to be built again, with it",
         )),
     }
 }
@@ -111,13 +118,17 @@ fn told(report: &Report) -> String {
     text += match report.used_by {
         None => "in use    no\n",
         Some(User::Readers) => "in use    VMs read it\n",
-        Some(User::Writer) => "in use    a VM writes to it, so its file system was not checked\n",
+        Some(User::Writer) => "in use    a VM writes to it, so neither its file system nor its programs were checked\n",
     };
     if report.replays_journal {
-        text += "journal   to be replayed when it is mounted next; its file system was not checked\n";
+        text +=
+            "journal   to be replayed when it is mounted next; neither its file system nor its programs were checked\n";
     }
     for problem in &report.problems {
         text += &format!("problem   {problem}\n");
+    }
+    for missing in report.missing.iter().filter(|missing| missing.optional) {
+        text += &format!("note      {}: its package does without\n", missing.told());
     }
     match &report.record {
         None => text += "made of   unknown: it was not built by 'civic store build'\n",
