@@ -212,13 +212,27 @@ impl Apt {
     }
 }
 
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// A program to be run as root, by way of `sudo` if need be.
+pub fn as_root(program: &Path) -> Command {
+    if is_root() {
+        return Command::new(program);
+    }
+    let mut sudo = Command::new("sudo");
+    sudo.arg("-n").arg(program);
+    sudo
+}
+
 /// Installs what of `packages` is missing on this machine: as root, or by way of `sudo`.
 pub fn install(packages: &[&str]) -> Result<()> {
     let missing = missing(packages)?;
     if missing.is_empty() {
         return Ok(());
     }
-    let root = nix::unistd::geteuid().is_root();
+    let root = is_root();
     let sudo = || Command::new("sudo").args(["-n", "true"]).stderr(Stdio::null()).status().is_ok_and(|s| s.success());
     ensure!(
         root || sudo(),
@@ -227,11 +241,8 @@ pub fn install(packages: &[&str]) -> Result<()> {
     );
     crate::cache::progress(&format!("installing {}", missing.join(" ")));
     for args in [&["update", "-q"][..], &["install", "-qy", "--no-install-recommends"][..]] {
-        let mut c = if root { Command::new("apt-get") } else { Command::new("sudo") };
-        if !root {
-            c.args(["-n", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
-        }
-        c.env("DEBIAN_FRONTEND", "noninteractive").args(args);
+        let mut c = as_root(Path::new("env"));
+        c.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]).args(args);
         if args[0] == "install" {
             c.args(&missing);
         }

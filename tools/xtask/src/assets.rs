@@ -7,6 +7,7 @@
 //!  assets/FLAVOUR/tiny.initrd    the tiny guest's initramfs; the last to be made
 //!  assets/FLAVOUR/initrd.img     Debian's own initrd, for debian.img
 //!  assets/debian.img             a Debian root file system (raw ext4)
+//!  assets/tools.img              a store of tools, for `civic inspect`
 //! ```
 
 use std::fs;

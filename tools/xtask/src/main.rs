@@ -8,6 +8,7 @@ mod fuzz;
 mod minimal;
 mod place;
 mod setup;
+mod store;
 mod test;
 mod tiny;
 
@@ -81,7 +82,7 @@ enum Cmd {
         #[arg(long, conflicts_with_all = ["all", "minimal", "flavours"])]
         list: bool,
     },
-    /// Build the Debian image.
+    /// Build the Debian image and the store of tools.
     Images,
     /// Print the folder with kernels and images.
     Assets,
@@ -120,7 +121,10 @@ fn run() -> Result<ExitCode> {
         Cmd::Kernels { flavours, .. } => {
             flavours.iter().try_for_each(|flavour| assets::kernel(flavour).map(drop)).map(|()| true)?
         }
-        Cmd::Images => debian::build(&assets::kernels()?).map(|()| true)?,
+        Cmd::Images => {
+            debian::build(&assets::kernels()?)?;
+            store::build().map(|_| true)?
+        }
         Cmd::Assets => {
             println!("{}", assets::dir()?.display());
             true

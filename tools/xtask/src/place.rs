@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use civic_testbed::cache::{self, make_once};
 use civic_testbed::kernel::FLAVOURS;
 
-use crate::assets;
+use crate::{assets, store};
 
 /// The testbed's exit status when the machine died under the command.
 const TESTBED_FAILED: i32 = 125;
@@ -162,10 +162,12 @@ fn pack(folder: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The kernels and initrds as one image, since folders shared with the testbed are slow.
+/// The kernels, the initrds and the store as one image, since folders shared with the testbed are slow.
 fn packed_assets() -> Result<PathBuf> {
     let image = cache::dir()?.join("assets.img");
-    let mut files = Vec::new();
+    let store = store::build()?;
+    let about = fs::metadata(&store)?;
+    let mut files = vec![(store::NAME.to_owned(), store, about.len(), about.modified()?)];
     for flavour in assets::flavours()? {
         // Of the others no guest is started from the larger file.
         let more: &[&str] = if FLAVOURS.contains(&flavour.as_str()) { &["vmlinux", "initrd.img"] } else { &[] };

@@ -4,7 +4,7 @@ use anyhow::Result;
 use civic_testbed::{apt, setup};
 
 use crate::place::Place;
-use crate::{assets, debian};
+use crate::{assets, debian, store};
 
 /// What the project needs of the system, besides Rust.
 const PACKAGES: [&str; 18] = [
@@ -39,6 +39,7 @@ pub fn all() -> Result<()> {
     packages()?;
     let kernels = assets::kernels()?;
     debian::build(&kernels)?;
+    store::build()?;
     if Place::for_guests().0 == Place::Testbed {
         setup::parts()?;
     }
