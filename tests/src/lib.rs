@@ -3,3 +3,4 @@
 pub mod bare;
 pub mod linux;
 pub mod load;
+pub mod stored;

@@ -98,10 +98,15 @@ impl Served {
         Ok(SHARE * f64::from(REQUESTS) / begun.elapsed().as_secs_f64())
     }
 
+    /// Sends it so many requests a second from now on.
+    pub fn load(&self, rate: f64) -> Result<Load> {
+        Load::start(self.server, rate)
+    }
+
     /// Sends it so many requests a second for as long as this, and forks it every so often meanwhile. A fork that takes longer than that
     /// delays the next.
     pub fn phase(&mut self, rate: f64, every: Option<Duration>, length: Duration) -> Result<Phase> {
-        let load = Load::start(self.server, rate)?;
+        let load = self.load(rate)?;
         let (begun, before) = (Instant::now(), self.rounds()?);
         let mut forks = Vec::new();
         if let Some(every) = every {

@@ -256,7 +256,7 @@ impl Parts<'_> {
 
     /// A program of its own: forks of bare-metal guests, which need no stock kernel, or of Debian.
     fn forks(&mut self, what: What, part: &'static str, by_itself: fn() -> (Place, &'static str)) -> Result<()> {
-        let program = program("bench", "fork", &["bench"])?;
+        let program = program("bench", "fork", &["bench", "--no-run"])?;
         let place = settle(self.args, by_itself);
         let (quick, again) = (self.args.quick, self.again(what, Some(part))?);
         self.part(|json| {

@@ -50,7 +50,7 @@ enum Cmd {
     },
     /// Feed the monitor's parts what a guest, a file or a client might, and look for what breaks them.
     Fuzz(fuzz::Args),
-    /// Boot Debian with nginx in civic and fetch a page from it.
+    /// Boot Debian with nginx under load in civic, and look into forks of it with tools of a store.
     Demo {
         /// In the testbed, even if this machine could.
         #[arg(long)]
@@ -94,8 +94,6 @@ enum Cmd {
     },
     #[command(hide = true)]
     BenchHost(bench::HostArgs),
-    #[command(hide = true)]
-    DemoHost,
 }
 
 fn run() -> Result<ExitCode> {
@@ -134,7 +132,6 @@ fn run() -> Result<ExitCode> {
             return Ok(ExitCode::from(status.code().unwrap_or(125) as u8));
         }
         Cmd::BenchHost(args) => bench::host(&args)?,
-        Cmd::DemoHost => demo::host().map(|()| true)?,
     };
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

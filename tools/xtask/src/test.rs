@@ -168,14 +168,14 @@ pub fn cargo(args: &[&str], more: &[String]) -> Result<bool> {
 
 /// Builds an integration test target and returns its program.
 fn test_program(target: &str) -> Result<PathBuf> {
-    program("test", target, &["test", "--release"])
+    program("test", target, &["test", "--release", "--no-run"])
 }
 
 /// Builds a target of `civic-tests`, of this kind, by `command`, and returns its program.
 pub fn program(kind: &str, target: &str, command: &[&str]) -> Result<PathBuf> {
     let out = Command::new("cargo")
         .args(command)
-        .args(["--quiet", "-p", "civic-tests", &format!("--{kind}"), target, "--no-run", "--message-format=json"])
+        .args(["--quiet", "-p", "civic-tests", &format!("--{kind}"), target, "--message-format=json"])
         .stderr(Stdio::inherit())
         .output()?;
     ensure!(out.status.success(), "cannot build the {kind} target {target}");
