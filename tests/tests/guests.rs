@@ -18,6 +18,8 @@ mod loaded;
 mod mirrored;
 #[path = "guests/plugged.rs"]
 mod plugged;
+#[path = "guests/stored.rs"]
+mod stored;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -127,6 +129,8 @@ fn main() {
     let starved = || injected::starved(&Spec { kernel: "6.1-cloud", ..tiny("256M", 2, &[]) });
     trials.push(trial("injected::starved".into(), starved));
     trials.push(trial("inspected::tiny".into(), || inspected::tiny(&tiny("256M", 2, &[]))));
+    let debian = Spec { userland: Userland::Debian, image: Image::BzImage, ..tiny("1G", 2, &[]) };
+    trials.push(trial("inspected::stored".into(), move || stored::debian(&debian)));
     let often = || inspected::often(&tiny("256M", 2, &[]), 500);
     trials.push(trial("inspected::often".into(), often).with_ignored_flag(true));
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
