@@ -143,10 +143,13 @@ pub fn start(
     Err(serde_json::from_slice(&failure).unwrap_or_else(|e| ErrorBody::internal(format!("the jail failed: {e}"))))
 }
 
+/// Has the jailed program end at once, and what was made for it taken away: killed itself, a jailer could not do so.
+pub const END: Signal = Signal::SIGUSR1;
+
 /// Signals that are passed on or waited for, blocked in this process.
 fn signals() -> nix::Result<SignalFd> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD, END] {
         set.add(signal);
     }
     set.thread_block()?;
@@ -217,7 +220,7 @@ impl Jailed {
             while let Ok(Some(info)) = self.signals.read_signal() {
                 if let Some(signal) = Signal::try_from(info.ssi_signo as i32).ok().filter(|s| *s != Signal::SIGCHLD) {
                     // It has not been waited for, so the number is its.
-                    let _ = kill(self.pid, signal);
+                    let _ = kill(self.pid, if signal == END { Signal::SIGKILL } else { signal });
                 }
             }
             match waitpid(self.pid, Some(WaitPidFlag::WNOHANG)) {

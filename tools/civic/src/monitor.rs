@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,13 +13,19 @@ use std::time::Duration;
 use anyhow::Context;
 use civic_api::launch::{Launch, LaunchRequest};
 use civic_api::{ErrorBody, ErrorCode};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::jail::JailSpec;
+use crate::process::Process;
 use crate::rundir::RunDir;
 use crate::{advice, cli};
 
 /// How long a monitor may take to build a VM. Reading a kernel from a slow disk is the longest part.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a jailer may take to end what it jails. Killed, it would leave that to end by itself.
+const JAIL_END: Duration = Duration::from_secs(5);
 /// The program that makes jails.
 const JAILER: &str = "civic-jailer";
 /// Longest line a monitor says.
@@ -36,6 +43,8 @@ pub enum Until {
 /// A monitor that we started. Dropping it ends it, unless it was released.
 pub struct Monitor {
     child: Option<Child>,
+    /// Then what we started is its jailer.
+    jailed: bool,
 }
 
 impl Monitor {
@@ -61,7 +70,7 @@ impl Monitor {
             let program = Path::new(command.get_program()).display();
             advice::error(format!("cannot start {program}: {error}"), hint)
         })?;
-        let mut monitor = Self { child: Some(child) };
+        let mut monitor = Self { child: Some(child), jailed: jail.is_some() };
         let line = monitor.first_line(request.to_json().context("cannot write the configuration")?);
         let line = tokio::time::timeout(LAUNCH_TIMEOUT, line).await.map_err(|_| {
             let message = format!("the monitor did not build the VM within {} s", LAUNCH_TIMEOUT.as_secs());
@@ -116,6 +125,11 @@ impl Monitor {
 
     fn kill(&mut self) -> Option<ExitStatus> {
         let mut child = self.child.take()?;
+        if self.jailed
+            && let Some(status) = end_jail(&child, JAIL_END).and_then(|()| child.wait().ok())
+        {
+            return Some(status);
+        }
         let _ = child.kill(); // It may have ended already.
         child.wait().ok()
     }
@@ -125,6 +139,16 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Has a jailer end what it jails and take away what it has made (`civic_jailer::guardian::END`); none if it has not ended so within `limit`.
+fn end_jail(jailer: &Child, limit: Duration) -> Option<()> {
+    // It has not been waited for, so the number is its.
+    let process = Process::open(jailer.id()).ok()?;
+    kill(Pid::from_raw(jailer.id().try_into().ok()?), Signal::SIGUSR1).ok()?;
+    let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    let left = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+    (poll(&mut ended, left) == Ok(1)).then_some(())
 }
 
 /// Starts the page server of the VM `name`. It finds its way by itself, and ends by itself.
