@@ -749,7 +749,8 @@ impl Vm {
             overlay_dir: Some(setup.root().to_owned()),
             source_net: SourceNet::default(),
             devices: devices.to_vec(),
-            for_programs: true,
+            // Nobody starts any, but what is done for them is done.
+            for_programs: !devices.is_empty(),
         };
         let request = serde_json::to_string(&request).expect("a request is JSON");
         let spawned = setup.spawn(&setup.write_config(&request));
