@@ -6,7 +6,7 @@ const BASE: u64 = 0x40_0000;
 const HEADERS: u64 = 64 + 56;
 
 /// What it does: opens the console, writes its argument and the end of a line there, ends.
-const CODE: [u8; 82] = [
+const CODE: [u8; 78] = [
     0x48, 0x8b, 0x5c, 0x24, 0x10, // mov rbx, [rsp + 16]: the argument
     0x48, 0x8d, 0x3d, 0x35, 0x00, 0x00, 0x00, // lea rdi, [rip + path]
     0xbe, 0x01, 0x01, 0x00, 0x00, // mov esi, O_WRONLY | O_NOCTTY
@@ -27,7 +27,6 @@ const CODE: [u8; 82] = [
     0xb8, 0x3c, 0x00, 0x00, 0x00, // mov eax, exit
     0x0f, 0x05, // syscall
     b'/', b'd', b'e', b'v', b'/', b'c', b'o', b'n', b's', b'o', b'l', b'e', 0, // path
-    0, 0, 0, 0,
 ];
 
 /// Its file.
