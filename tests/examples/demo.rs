@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use civic_tests::linux::{Image, Spec, Userland, Vm};
-use civic_tests::load::served::Served;
+use civic_tests::linux::Vm;
+use civic_tests::load::served::{Served, debian};
 use civic_tests::stored::{Look, trace, workers};
 
 /// What the clients do not ask for.
@@ -34,17 +34,9 @@ fn main() -> ExitCode {
 }
 
 fn show() -> Result<()> {
-    let spec = Spec {
-        kernel: "6.12-cloud",
-        image: Image::BzImage,
-        userland: Userland::Debian,
-        cpus: 2,
-        memory: "1G",
-        more: Vec::new(),
-    };
     println!("\n== Debian with systemd and nginx boots in civic …");
     let begun = Instant::now();
-    let mut served = Served::start(&spec)?;
+    let mut served = Served::start(&debian(2))?;
     println!("it serves pages, and writes its disk; {:.1} s after the start", begun.elapsed().as_secs_f64());
     civic(&served.vm, &["list"])?;
     civic(&served.vm, &["info", &served.vm.name])?;

@@ -6,8 +6,7 @@
 use std::time::Duration;
 
 use civic_bench::report::{Kind, Peer, Promise, Report, Row};
-use civic_tests::linux::{Image, Spec, Userland};
-use civic_tests::load::served::{Phase, Served};
+use civic_tests::load::served::{Phase, Served, debian};
 
 use super::{ms, say};
 
@@ -41,16 +40,8 @@ pub fn run(quick: bool, report: &mut Report) {
     } else {
         Lengths { plain: 60, seldom: 120, often: 300 }
     };
-    let spec = Spec {
-        kernel: "6.12-cloud",
-        image: Image::BzImage,
-        userland: Userland::Debian,
-        cpus: 2,
-        memory: "1G",
-        more: Vec::new(),
-    };
     say("booting Debian with nginx, a disk's writer and clients");
-    let mut guest = Served::start(&spec).expect("Debian boots and serves");
+    let mut guest = Served::start(&debian(2)).expect("Debian boots and serves");
     let rate = guest.rate().expect("it answers");
     say(&format!("{rate:.1} requests a second, a quarter of what it answers to one client"));
     let phases = [

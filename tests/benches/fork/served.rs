@@ -4,8 +4,7 @@
 use std::time::{Duration, Instant};
 
 use civic_bench::report::{Kind, Peer, Report, Row};
-use civic_tests::linux::{Image, Spec, Userland};
-use civic_tests::load::served::Served;
+use civic_tests::load::served::{Served, debian};
 
 use super::{ms, say};
 
@@ -17,16 +16,8 @@ const PAPERS: f64 = 10.0;
 /// Measures.
 pub fn run(quick: bool, report: &mut Report) {
     let (rounds, least) = if quick { (2, 10) } else { (8, 30) };
-    let spec = Spec {
-        kernel: "6.12-cloud",
-        image: Image::BzImage,
-        userland: Userland::Debian,
-        cpus: 1,
-        memory: "1G",
-        more: Vec::new(),
-    };
     say("booting Debian with nginx");
-    let mut guest = Served::start(&spec).expect("Debian boots and serves");
+    let mut guest = Served::start(&debian(1)).expect("Debian boots and serves");
     for hz in PACES {
         let every = Duration::from_secs_f64(1.0 / hz);
         let length = every.max(Duration::from_secs(least));

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use civic_api::ForkReport;
 
 use super::{Answer, Load, ask, number};
-use crate::linux::{STEP, Spec, Vm};
+use crate::linux::{Image, STEP, Spec, Userland, Vm};
 
 /// Where nginx serves what is in memory, and its count.
 const PORT: u16 = 81;
@@ -68,6 +68,18 @@ impl Phase {
         let end = first.due + self.length;
         let in_time = |answer: &&Answer| answer.number.is_ok() && answer.due + answer.took <= end;
         self.answers.iter().filter(in_time).count() as f64 / self.answers.len() as f64
+    }
+}
+
+/// What [`Served::start`] may boot where nothing depends on the kernel: Debian with so many vCPUs.
+pub fn debian(cpus: u8) -> Spec {
+    Spec {
+        kernel: "6.12-cloud",
+        image: Image::BzImage,
+        userland: Userland::Debian,
+        cpus,
+        memory: "1G",
+        more: Vec::new(),
     }
 }
 
