@@ -22,6 +22,9 @@ use civic_api::{ForkReport, GuestKernel, VmInfo, routes};
 pub const BOOT: Duration = Duration::from_secs(420);
 /// How long a command in the guest may take.
 pub const STEP: Duration = Duration::from_secs(300);
+/// Prints what a guest's kernel complains of.
+pub const COMPLAINTS: &str = "dmesg | grep -E 'Call Trace|BUG:|soft lockup|rcu.*stall|hung_task|blocked for more than|Oops|I/O error|\
+    EXT4-fs error' || true";
 
 /// Stock kernels, by the names of their folders among the assets.
 pub const KERNELS: [&str; 3] = ["6.1-cloud", "6.12-cloud", "6.12-generic"];
@@ -341,8 +344,7 @@ impl Vm {
 
     /// Fails if the guest's kernel complained.
     pub fn check_kernel_log(&mut self) -> Result<()> {
-        let bad = "Call Trace|BUG:|soft lockup|rcu.*stall|hung_task|blocked for more than|Oops|I/O error|EXT4-fs error";
-        let found = self.sh(&format!("dmesg | grep -E '{bad}' || true"))?;
+        let found = self.sh(COMPLAINTS)?;
         ensure!(found.is_empty(), "the guest's kernel complains:\n{found}");
         Ok(())
     }
@@ -433,9 +435,16 @@ impl Vm {
 
     /// The same with further options.
     pub fn fork_with(&self, name: &str, more: &[&str]) -> Result<(Self, ForkReport)> {
+        let (mut child, report) = self.fork_unasked(name, more)?;
+        ensure!(child.sh("echo here")? == "here", "the child's shell does not answer");
+        Ok((child, report))
+    }
+
+    /// The same, whether its shell answers or not.
+    pub fn fork_unasked(&self, name: &str, more: &[&str]) -> Result<(Self, ForkReport)> {
         let report = self.civic(&[&["fork", "--name", name, "--json"], more].concat())?;
         let console = Console::attach(&self.run_dir.path().join(name).join("api.sock"), "serial")?;
-        let mut child = Self {
+        let child = Self {
             name: name.into(),
             run_dir: Arc::clone(&self.run_dir),
             console,
@@ -443,7 +452,6 @@ impl Vm {
             userland: self.userland,
             step: self.step,
         };
-        ensure!(child.sh("echo here")? == "here", "the child's shell does not answer");
         Ok((child, serde_json::from_str(&report)?))
     }
 

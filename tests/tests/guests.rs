@@ -109,15 +109,15 @@ fn main() {
             trials.push(trial(name("often"), move || plugged::tiny(often.clone(), 200)).with_ignored_flag(true));
         }
     }
-    let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(200);
+    let forks = std::env::var("CIVIC_FORKS").ok().and_then(|n| n.parse().ok()).unwrap_or(50);
     for kernel in KERNELS.into_iter().chain(other_kernels()) {
         for cpus in [1, 4] {
             let spec = Spec { image: Image::BzImage, kernel, ..tiny("256M", cpus, &[]) };
             let name = |kind: &str| format!("injected::{kind}::{kernel}::{cpus}cpu");
             let often = spec.clone();
             let tried = (kernel == "6.1-cloud" && cpus == 4) || (kernel == "6.12-cloud" && cpus == 1);
-            trials.push(trial(name("tiny"), move || injected::tiny(&spec, 5)).with_ignored_flag(!tried));
-            trials.push(trial(name("often"), move || injected::tiny(&often, forks)).with_ignored_flag(true));
+            trials.push(trial(name("tiny"), move || injected::tiny(&spec, 2)).with_ignored_flag(!tried));
+            trials.push(trial(name("often"), move || injected::often(&often, forks)).with_ignored_flag(true));
         }
     }
     trials.push(trial("injected::wedged".into(), || injected::wedged(&tiny("256M", 2, &[]))));

@@ -9,40 +9,71 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use civic_api::{GuestChecksums, GuestKernel};
-use civic_tests::linux::{Spec, Tap, Vm, run};
+use civic_tests::linux::{COMPLAINTS, Spec, Tap, Vm, run};
 
 /// Bytes that go into a program and come back: more than fits in all buffers on the way.
 const MUCH: usize = 700_000;
 const STORE_BYTES: u64 = 64 << 20;
+/// Programs in each of many forks, one after the other: each is brought in anew, at another moment, and all of it taken away again.
+const PROGRAMS: u32 = 4;
+/// Of so many of the forks, one is looked at wholly, which takes as long as three starts.
+const WHOLE: u32 = 4;
+/// Not zero when a kernel has complained, or worse.
+const TAINT: &str = "cat /proc/sys/kernel/tainted";
 
 /// What the monitor finds out about a guest's kernel is true; programs run in a fork as they would in the guest, and then in as many
-/// forks as `rounds`, each at another moment.
-pub fn tiny(spec: &Spec, rounds: u32) -> Result<()> {
+/// forks as `forks`, each at another moment.
+pub fn tiny(spec: &Spec, forks: u32) -> Result<()> {
     let mut vm = Vm::start(spec)?;
     let found_us = examined(&mut vm)?;
     let refused = vm.exec(&[], &["/bin/true"], b"")?;
     ensure!(refused.status.code() == Some(125), "a program was started in a VM that is no fork: {refused:?}");
-    let before = sums(&vm)?;
     let (mut child, _) = vm.fork("child")?;
     programs(&mut child)?;
     with_files(&child).context("with a System.map")?;
     copies(&mut child).context("copying")?;
     child.check_kernel_log()?;
     frozen(&mut child).context("with the guest frozen")?;
+    copied_frozen(&child).context("copying with the guest frozen")?;
     child.kill()?;
+    in_many(&mut vm, forks, found_us)?;
+    vm.stop()
+}
+
+/// Programs in as many forks as `forks`, [`PROGRAMS`] in each.
+pub fn often(spec: &Spec, forks: u32) -> Result<()> {
+    let mut vm = Vm::start(spec)?;
+    let found_us = examined(&mut vm)?;
+    in_many(&mut vm, forks, found_us)?;
+    vm.stop()
+}
+
+/// Programs in many forks, each at another moment; finding the kernel of the source took `found_us`.
+fn in_many(vm: &mut Vm, forks: u32, found_us: u64) -> Result<()> {
+    let before = sums(vm)?;
     // Busy now and then, so that forks find its vCPUs in programs, in the kernel and asleep.
     vm.sh("(while :; do dd if=/dev/urandom of=/dev/null bs=64k count=9 2>/dev/null; cat /proc/*/stat > /dev/null 2>&1; usleep 70000; done) & true")?;
+    let taint = vm.sh(TAINT)?;
     let mut least_us = u64::MAX;
-    for round in 0..rounds {
-        let (mut child, _) = vm.fork(&format!("child{round}"))?;
-        let find_us = again(&mut child, round, &before).with_context(|| format!("round {round}"))?;
-        least_us = least_us.min(find_us);
-        child.kill()?;
+    let mut once = |n: u32| -> Result<()> {
+        let (mut child, _) = vm.fork_unasked(&format!("child{n}"), &[])?;
+        for program in 0..PROGRAMS {
+            let find_us = again(&child, n * PROGRAMS + program, &taint)?;
+            least_us = least_us.min(find_us);
+        }
+        if n % WHOLE == 0 {
+            let after = sums(&child)?;
+            ensure!(after == before, "the kernel was {before:?}, and is {after:?}");
+            child.check_kernel_log()?;
+        }
+        child.kill()
+    };
+    for n in 0..forks {
+        once(n).with_context(|| format!("fork {n}"))?;
     }
     ensure!(least_us < found_us / 5, "no fork knew the kernel of its source: {least_us} us of {found_us} to find it");
-    ensure!(sums(&vm)? == before, "the source's kernel has changed");
-    vm.check_kernel_log()?;
-    vm.stop()
+    ensure!(sums(vm)? == before, "the source's kernel has changed");
+    vm.check_kernel_log()
 }
 
 /// Gives how long it took to find the kernel, in microseconds.
@@ -195,15 +226,31 @@ fn frozen(child: &mut Vm) -> Result<()> {
     Ok(())
 }
 
-/// Gives how long the fork looked for its kernel, in microseconds.
-fn again(child: &mut Vm, round: u32, before: &GuestChecksums) -> Result<u64> {
-    let word = format!("round {round}");
-    let out = child.exec(&["--stages"], &["/bin/echo", &word], b"")?;
-    ensure!(out.status.success() && text(&out.stdout) == format!("{word}\n"), "{out:?}");
+/// What is written in step is copied in step, though there is much between; afterwards the writing goes on.
+fn copied_frozen(child: &Vm) -> Result<()> {
+    let sh = |script: &str| expect(&child.exec(&[], &["/bin/sh", "-c", script], b"")?, 0, "", "");
+    sh(
+        "mkdir /tmp/steps && cd /tmp/steps && : > a && dd if=/dev/zero of=between bs=1M count=2 2>/dev/null && : > b && \
+        { (exec > /dev/null 2>&1; while :; do echo >> a; echo >> b; done) & } && \
+        until [ -s b ]; do usleep 20000; done",
+    )?;
+    let dir = tempfile::tempdir()?;
+    let to = dir.path().join("steps");
+    child.cp(&["--freeze"], ":/tmp/steps", to.to_str().context("a path of ours is UTF-8")?)?;
+    let [a, b] = ["a", "b"].map(|name| to.join(name).metadata().map(|meta| meta.len()));
+    let (a, b) = (a?, b?);
+    ensure!(b > 0 && (a == b || a == b + 1), "{a} and {b} steps were copied");
+    sh("cd /tmp/steps; n=$(wc -c < b); until [ $(wc -c < b) -gt $n ]; do usleep 20000; done")
+}
+
+/// Starts a program that looks whether the kernel complained: the code that started it is gone by then. Gives how long it took to find the
+/// kernel, in microseconds.
+fn again(child: &Vm, n: u32, taint: &str) -> Result<u64> {
+    let script = format!("echo program {n}; {TAINT}; {COMPLAINTS}");
+    let out = child.exec(&["--stages"], &["/bin/sh", "-c", &script], b"")?;
+    let expected = format!("program {n}\n{taint}\n");
+    ensure!(out.status.success() && text(&out.stdout) == expected, "{out:?}");
     eprint!("{}", text(&out.stderr));
-    let after = sums(child)?;
-    ensure!(after == *before, "the kernel was {before:?}, and is {after:?}");
-    child.check_kernel_log()?;
     let stages: serde_json::Value = serde_json::from_slice(&out.stderr).context("what took how long")?;
     stages["inject"]["find_us"].as_u64().context("how long it took to find the kernel is missing")
 }
