@@ -500,6 +500,9 @@ pub struct CpArgs {
     /// What the path in the fork begins at: the store if there is one, if not given.
     #[arg(long, value_name = "ROOT")]
     pub root: Option<RootArg>,
+    /// Stop the guest's processes while files are copied, so that these are of one moment: by SIGSTOP, or by the freezer of their control groups.
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "stop")]
+    pub freeze: Option<FreezeArg>,
     /// How long it may take to begin, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = civic_api::PROGRAM_WAIT_MS / 1000)]
     pub wait: u64,

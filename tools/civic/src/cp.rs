@@ -198,6 +198,7 @@ impl Guest {
         let request = ProgramRequest {
             copy: Some(copy),
             root: args.root.map(Into::into),
+            freeze: args.freeze.map_or_else(Default::default, Into::into),
             wait_ms: args.wait.saturating_mul(1000),
             ..ProgramRequest::default()
         };
