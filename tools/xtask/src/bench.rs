@@ -3,7 +3,7 @@
 //! ```text
 //!  cargo xtask bench ── set-up, release build ──► xtask bench-host      where guests run: here, or in the testbed
 //!                                                  ├── boot             process start to user space; the monitor's own memory
-//!                                                  ├── io               disks, network, vsock
+//!                                                  ├── io               disks, network, vsock, what programs from outside say
 //!                                                  ├── hotplug          a device until the guest uses it, beside device_add
 //!                                                  ├── inject           a program started from outside, beside the CIVIC paper's way
 //!                                                  ├── inspect          the whole of it: fork, devices, program; beside the CIVIC paper's pipeline
@@ -22,6 +22,7 @@
 //! absolute time measured in the testbed is shown as if it meant something.
 
 mod boot;
+mod channel;
 mod clock;
 mod fio;
 mod fork;
@@ -113,7 +114,7 @@ pub struct Args {
 /// Which of a bench's rows, on what guests, and how often; what is not given is as the effort has it.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Choice {
-    /// Of `io`, only rows whose names begin so: `net.tcp_tx`, `blk.rand`, `vsock`; of `fork`, only this part: `bare`, `slowdown`, `qemu`,
+    /// Of `io`, only rows whose names begin so: `net.tcp_tx`, `blk.rand`, `vsock`, `program`; of `fork`, only this part: `bare`, `slowdown`, `qemu`,
     /// `load`; of `paper`: `paper` or `served`. May be given several times.
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,

@@ -178,9 +178,14 @@ impl<'a> Guest<'a> {
 
     /// All that comes by a connection that the API switches to another protocol, until it ends.
     pub fn listen(&self, path: &str, protocol: &str, limit: Duration) -> Result<Vec<u8>> {
-        let (mut stream, mut said) = upgraded(&api(self.tools, &self.name), path, protocol, limit)?;
+        let (mut stream, mut said) = self.upgraded(path, protocol, limit)?;
         stream.read_to_end(&mut said).with_context(|| format!("{path} does not end"))?;
         Ok(said)
+    }
+
+    /// A connection that the API switches to another protocol, and the first that came by it; it waits so long for more.
+    pub fn upgraded(&self, path: &str, protocol: &str, limit: Duration) -> Result<(UnixStream, Vec<u8>)> {
+        upgraded(&api(self.tools, &self.name), path, protocol, limit)
     }
 
     /// The process that is the monitor.

@@ -1,4 +1,5 @@
-//! Disks, network and vsock, Civic beside QEMU's q35 with virtio-pci.
+//! Disks, network and vsock, Civic beside QEMU's q35 with virtio-pci; and the channel of programs that are started from outside, beside
+//! vsock of the same guest.
 //!
 //! Both guests are up all the time and take turns, a run of seconds each: A, B, A, B, …. A guest without work sleeps in a read of
 //! its console and costs its host next to nothing, so one at a time is measured, and what drifts (the host's clock, other
@@ -21,11 +22,13 @@ use super::guest::Guest;
 use super::images::Images;
 use super::machine::{Aio, Disk, Image, Monitor, Spec, Tools, Userland, Vsock, line};
 use super::net::{self, Tap, Way};
-use super::{Choice, progress, vsock};
+use super::{Choice, channel, progress, vsock};
 
 const MEMORY_MIB: u32 = 512;
 /// Civic's share of QEMU's throughput.
 const SHARE: f64 = 0.9;
+/// And that of the channel of programs in vsock's.
+const CHANNEL: f64 = 1.0;
 /// The guest's address for QEMU's vsock.
 const CID: u32 = 77;
 /// How long a run in the guest may take beyond its time.
@@ -104,7 +107,7 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &
         }
     }
     let [ours, peers] = disks;
-    let spec = |monitor, disks, taps: &[(&Tap, bool)], vsock: Option<&Vsock>| Spec {
+    let spec = |monitor, disks, taps: &[(&Tap, bool)], vsock: Option<&Vsock>, more: &[&str]| Spec {
         monitor,
         image: Image::BzImage,
         userland: Userland::Bench,
@@ -114,11 +117,11 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &
         disks,
         taps: taps.iter().map(|(tap, vhost)| (tap.name.clone(), *vhost)).collect(),
         vsock: vsock.cloned(),
-        more: Vec::new(),
+        more: more.iter().map(|option| (*option).to_owned()).collect(),
     };
     let specs = [
-        spec(Monitor::Civic, ours, &[(&taps[0], false)], sockets.as_ref().map(|s| &s[CIVIC])),
-        spec(Monitor::Q35, peers, &[(&taps[1], false), (&taps[2], true)], sockets.as_ref().map(|s| &s[PEER])),
+        spec(Monitor::Civic, ours, &[(&taps[0], false)], sockets.as_ref().map(|s| &s[CIVIC]), &["--allow-programs"]),
+        spec(Monitor::Q35, peers, &[(&taps[1], false), (&taps[2], true)], sockets.as_ref().map(|s| &s[PEER]), &[]),
     ];
     for spec in &specs {
         report.command(&format!("{}, io", spec.monitor.name()), line(&tools.command(spec, "NAME")));
@@ -137,7 +140,11 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, choice: &Choice, report: &
     }
     bench.network(&taps)?;
     if let Some(sockets) = &sockets {
+        if ["vsock.", "program."].iter().any(|group| !bench.ways(group).is_empty()) {
+            bench.guests.iter_mut().try_for_each(vsock::serve)?;
+        }
         bench.vsock(sockets)?;
+        bench.channel(&sockets[CIVIC])?;
     }
     bench.guests.iter_mut().try_for_each(complaints)?;
     ensure!(bench.report.has_rows(), "no row of io's is called {:?}, or none that can be measured here", choice.only);
@@ -248,7 +255,6 @@ impl Bench<'_> {
         if ways.is_empty() {
             return Ok(());
         }
-        self.guests.iter_mut().try_for_each(vsock::serve)?;
         let (clock, seconds) = (self.clock, self.effort.seconds);
         for way in ways {
             let name = format!("vsock.{}", way.name());
@@ -261,6 +267,34 @@ impl Bench<'_> {
                 Ok(vsock::measure(&sockets[who], way, seconds)? * clock.stretch(&mark)?)
             })?;
             self.row(name, fio::MIB, ours, peer, "vhost-vsock", true);
+        }
+        Ok(())
+    }
+
+    /// What a program that was started from outside says and is told, beside vsock of the same guest.
+    fn channel(&mut self, socket: &Vsock) -> Result<()> {
+        let ways = self.ways("program.");
+        if ways.is_empty() {
+            return Ok(());
+        }
+        let (clock, seconds) = (self.clock, self.effort.seconds);
+        for way in ways {
+            let name = format!("program.{}", way.name());
+            progress(&format!("{name}: warming up"));
+            let guest = &self.guests[CIVIC];
+            let run = |who| -> Result<f64> {
+                let mark = clock.mark();
+                let measured = match who {
+                    CIVIC => channel::measure(guest, way, seconds)?,
+                    _ => vsock::measure(socket, way, seconds)?,
+                };
+                Ok(measured * clock.stretch(&mark)?)
+            };
+            [CIVIC, PEER].into_iter().try_for_each(|who| run(who).map(drop))?;
+            let [ours, peer] = in_turn(&name, self.effort.rounds, run)?;
+            let peer = Peer::in_turns("civic, io", "vsock of the same guest", peer);
+            let row = Row::new(name, fio::MIB, ours).promised(Promise::RatioAtLeast(CHANNEL)).beside(peer);
+            self.report.add(row.above(Peer::of("one memcpy", self.memcpy.clone())));
         }
         Ok(())
     }
