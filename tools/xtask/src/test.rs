@@ -76,6 +76,7 @@ struct Outcome {
 
 /// Runs all; returns whether all passed.
 pub fn run(args: &Args) -> Result<bool> {
+    setup::room()?;
     setup::all()?;
     if args.long && args.wants(Part::Guests) {
         assets::every_kernel()?;
