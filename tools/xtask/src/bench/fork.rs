@@ -1,25 +1,30 @@
-//! A fork beside the nearest that QEMU has: a `background-snapshot`, streamed into a second QEMU that waits for it.
+//! A fork beside the nearest that QEMU has: a `background-snapshot`, streamed into a second QEMU that waits for it. And beside its other ways
+//! to a second guest, about which nothing is promised.
 //!
 //! ```text
-//!  civic   POST /v1/fork ─▶ pause ─▶ run ─▶ the child runs ─▶ answer
-//!  qemu    migrate ─▶ STOP ─▶ RESUME ─▶ … stream … ─▶ the second one's RESUME
+//!  civic       POST /v1/fork ─▶ pause ─▶ run ─▶ the child runs ─▶ answer
+//!  snapshot    migrate ─▶ STOP ─▶ RESUME ─▶ … stream … ─▶ the second one's RESUME
+//!  file        stop ─▶ STOP ─▶ migrate to a file ─▶ cont ─▶ RESUME; the second one reads it ─▶ its RESUME
+//!  savevm      snapshot-save ─▶ STOP ─▶ … into a qcow2 image … ─▶ RESUME
+//!  post-copy   migrate ─▶ STOP for ever; the second one's RESUME ─▶ … the rest as it is touched, and by itself …
 //! ```
 //!
-//! Both sources are up all the time, the same guest with the same in its memory and the same job that goes on writing it; who is not
+//! All sources are up all the time, the same guest with the same in its memory and the same job that goes on writing it; who is not
 //! measured stands still. Whoever is to become the child waits beforehand, at both. A call is over when its child runs: by the API's
-//! answer, by the second QEMU's word; and the child must then answer on its console and have the memory of its source.
+//! answer, by the second QEMU's word; and the child must then answer on its console and have the memory of its source. After a post-copy the second is the source, for
+//! the first can never run again.
 //!
 //! The pause is there twice: as each monitor tells it, Civic in the answer's stages (from asking the vCPUs to stop until they run) and
 //! QEMU by its two events (from when they have stopped, so that QEMU's is told a little too short); and as the host's kernel saw it.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+mod civic;
+mod qemu;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use civic_bench::report::{Peer, Promise, Report, Row};
 use civic_bench::stats::Samples;
-use serde_json::{Value, json};
 
 use super::clock::Clock;
 use super::guest::Guest;
@@ -27,6 +32,8 @@ use super::machine::{Image, Monitor, Spec, Tools, Userland, line};
 use super::peer::clone::{Sockets, Source, listens};
 use super::progress;
 use super::stillness::Tracer;
+use civic::Civic;
+use qemu::{Qemu, Relay, image};
 
 const MEMORY_MIB: u32 = 512;
 /// What of it the guest fills with something that does not compress: [`PIECES`] times the same.
@@ -38,6 +45,16 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// The pause, and the call until a child runs, as shares of QEMU's.
 const PAUSE: f64 = 1.0;
 const CALL: f64 = 0.1;
+/// QEMU's ways, in the order in which they are measured.
+const WAYS: [&str; 4] =
+    ["background-snapshot", "migration to a file", "savevm", "post-copy, after which the source cannot run"];
+const SNAPSHOT: usize = 0;
+const FILE: usize = 1;
+const SAVEVM: usize = 2;
+const POST_COPY: usize = 3;
+/// The QEMUs that are measured, in the report.
+const SOURCE: &str = "qemu, source";
+const RELAY: &str = "qemu, given on";
 /// Until a vCPU that may run does, on a host whose one processor has other work too.
 const GRACE: Duration = Duration::from_millis(200);
 
@@ -54,30 +71,17 @@ fn fill() -> String {
 /// What the child says of its memory: how far the job is, and the same of a part of what was filled as its source.
 const LOOK: &str = "until read n 2>/dev/null < /tmp/round; do sleep 0.1; done; echo $n; dd if=/tmp/filled bs=1M skip=64 count=4 2>/dev/null | md5sum";
 
-/// What one fork showed, in milliseconds.
+/// What one fork showed, in milliseconds: as far as there is such a thing.
+#[derive(Clone, Copy, Default)]
 struct Fork {
-    pause: f64,
+    /// How long the source stood still, by its monitor's word.
+    pause: Option<f64>,
+    /// And as the host's kernel saw it.
     still: Option<f64>,
-    running: f64,
-    answers: f64,
-}
-
-/// What forks of one monitor showed.
-#[derive(Default)]
-struct Forks {
-    pause: Samples,
-    still: Samples,
-    running: Samples,
-    answers: Samples,
-}
-
-impl Forks {
-    fn add(&mut self, fork: &Fork) {
-        self.pause.push(fork.pause);
-        self.running.push(fork.running);
-        self.answers.push(fork.answers);
-        fork.still.into_iter().for_each(|still| self.still.push(still));
-    }
+    /// Until the child ran.
+    running: Option<f64>,
+    /// Until the child said what it has in memory.
+    answers: Option<f64>,
 }
 
 /// Measures and reports.
@@ -97,49 +101,76 @@ pub fn run(tools: &Tools, clock: &Clock, quick: bool, rounds: Option<u16>, repor
         more: more.to_vec(),
     };
     let (control, sockets) = (tools.work.join("source.qmp"), Sockets::new(&tools.work, "second"));
-    let (ours, peer) = (spec(Monitor::Civic, &[]), spec(Monitor::Q35, &["-qmp".to_owned(), listens(&control)]));
+    let relays = ["one", "other"].map(|who| Sockets::new(&tools.work, who));
+    let reads = Sockets::new(&tools.work, "reader");
+    let reader = spec(Monitor::Q35, &reads.deferred_options());
+    let ours = spec(Monitor::Civic, &[]);
+    let peer = spec(Monitor::Q35, &[vec!["-qmp".to_owned(), listens(&control)], image(tools)?].concat());
     let second = spec(Monitor::Q35, &sockets.options());
-    for (name, spec) in [("civic, source", &ours), ("qemu, source", &peer), ("qemu, second", &second)] {
+    let deferred = relays.each_ref().map(|sockets| spec(Monitor::Q35, &sockets.deferred_options()));
+    let relay = spec(Monitor::Q35, &relays[1].control_options());
+    let peers = [
+        (SOURCE, &peer),
+        ("qemu, second", &second),
+        ("qemu, reader", &reader),
+        (RELAY, &relay),
+        ("qemu, it takes it", &deferred[0]),
+    ];
+    for (name, spec) in [("civic, source", &ours)].into_iter().chain(peers) {
         report.command(name, line(&tools.command(spec, "NAME")));
     }
 
-    let mut civic = Civic { tools, source: filled(tools, &ours)? };
-    civic.halt()?;
-    let guest = filled(tools, &peer)?;
-    let mut qemu = Qemu { source: Source::new(tools, guest, &control, sockets, PATIENCE)?, second };
-    qemu.source.halt()?;
+    let mut civic = Civic::new(tools, filled(tools, &ours, "civic")?)?;
+    let guest = filled(tools, &peer, "source")?;
+    let source = Source::new(tools, guest, &control, sockets, PATIENCE)?;
+    let mut qemu = Qemu::new(tools, source, second, (reads, reader))?;
+    let mut relay = Relay::new(tools, filled(tools, &relay, "relay")?, relays, deferred)?;
 
-    let mut forks = [Forks::default(), Forks::default()];
+    let (mut ours, mut peers): (Vec<Fork>, [Vec<Fork>; 4]) = Default::default();
     // The first round warms up.
     for round in 0..=rounds {
-        progress(&format!("forks beside QEMU's snapshots: round {round} of {rounds}"));
-        for who in [round % 2, (round + 1) % 2] {
+        progress(&format!("forks beside QEMU's ways: round {round} of {rounds}"));
+        for who in (0..WAYS.len() + 1).map(|n| (n + round) % (WAYS.len() + 1)) {
             let tracer = tracer.as_ref();
-            let fork = if who == 0 { civic.fork(round, clock, tracer) } else { qemu.fork(round, clock, tracer) }
-                .with_context(|| format!("round {round} of {}", ["civic", "qemu"][who]))?;
+            let fork = match who.checked_sub(1) {
+                None => civic.fork(round, clock, tracer),
+                Some(SNAPSHOT) => qemu.snapshot(round, clock, tracer),
+                Some(FILE) => qemu.file(round, clock),
+                Some(SAVEVM) => qemu.savevm(),
+                Some(_) => relay.fork(round, clock),
+            };
+            let fork = fork.with_context(|| {
+                format!("round {round} of {}", ["civic"].iter().chain(&WAYS).nth(who).unwrap_or(&""))
+            })?;
             if round > 0 {
-                forks[who].add(&fork);
+                who.checked_sub(1).map_or(&mut ours, |way| &mut peers[way]).push(fork);
             }
         }
     }
-    let mut row = |name: &str, promise, of: fn(&Forks) -> &Samples| {
-        let [ours, peer] = [of(&forks[0]).clone(), of(&forks[1]).clone()];
-        let peer = Peer::in_turns("qemu, source", "background-snapshot", peer);
-        report.add(Row::new(format!("fork.{name}.beside_qemu"), "ms", ours).promised(promise).beside(peer));
+    let mut row = |name: &str, beside: &str, way: usize, promise, of: fn(&Fork) -> Option<f64>| {
+        let [ours, peer] = [&ours, &peers[way]].map(|forks| forks.iter().filter_map(of).collect::<Samples>());
+        let peer = Peer::in_turns(if way == POST_COPY { RELAY } else { SOURCE }, WAYS[way], peer);
+        report.add(Row::new(format!("fork.{name}.beside_{beside}"), "ms", ours).promised(promise).beside(peer));
     };
-    row("pause", Promise::RatioAtMost(PAUSE), |forks| &forks.pause);
+    row("pause", "qemu", SNAPSHOT, Promise::RatioAtMost(PAUSE), |fork| fork.pause);
     if tracer.is_some() {
-        row("still", Promise::RatioAtMost(PAUSE), |forks| &forks.still);
+        row("still", "qemu", SNAPSHOT, Promise::RatioAtMost(PAUSE), |fork| fork.still);
     }
-    row("running", Promise::RatioAtMost(CALL), |forks| &forks.running);
-    row("answers", Promise::None, |forks| &forks.answers);
+    row("running", "qemu", SNAPSHOT, Promise::RatioAtMost(CALL), |fork| fork.running);
+    row("answers", "qemu", SNAPSHOT, Promise::None, |fork| fork.answers);
+    row("pause", "file", FILE, Promise::None, |fork| fork.pause);
+    row("running", "file", FILE, Promise::None, |fork| fork.running);
+    row("answers", "file", FILE, Promise::None, |fork| fork.answers);
+    row("pause", "savevm", SAVEVM, Promise::None, |fork| fork.pause);
+    row("running", "post_copy", POST_COPY, Promise::None, |fork| fork.running);
+    row("answers", "post_copy", POST_COPY, Promise::None, |fork| fork.answers);
     Ok(())
 }
 
 /// Boots a guest and fills its memory.
-fn filled<'a>(tools: &'a Tools, spec: &Spec) -> Result<Guest<'a>> {
-    progress(&format!("booting {} and filling its memory", spec.monitor.name()));
-    let mut guest = Guest::start(tools, spec)?;
+fn filled<'a>(tools: &'a Tools, spec: &Spec, who: &str) -> Result<Guest<'a>> {
+    progress(&format!("booting {} and filling its memory: {who}", spec.monitor.name()));
+    let mut guest = Guest::start_as(tools, spec, format!("bench-{who}"))?;
     guest.wait_ready()?;
     guest.run(&fill(), PATIENCE)?;
     Ok(guest)
@@ -160,125 +191,4 @@ fn look(child: &mut Guest, before: &str, call: Instant) -> Result<Duration> {
     let (was, is) = (parse(before).context("no round")?, parse(&said).context("no round")?);
     ensure!(is.0 >= was.0 && is.1 == was.1, "the source said {before:?}, then its child {said:?}");
     Ok(after)
-}
-
-/// Civic's source.
-struct Civic<'a> {
-    tools: &'a Tools,
-    source: Guest<'a>,
-}
-
-/// A process that is ended and waited for, whatever happens.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Process {
-    /// Waits until it ends by itself.
-    fn end(mut self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        while self.0.try_wait()?.is_none() {
-            ensure!(Instant::now() < deadline, "process {} does not end", self.0.id());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-}
-
-impl Civic<'_> {
-    fn halt(&mut self) -> Result<()> {
-        self.ask("POST", "/v1/pause", &Value::Null).map(drop)
-    }
-
-    /// Asks the source's API.
-    fn ask(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
-        self.source.ask(method, path, body)
-    }
-
-    /// Starts a monitor that waits.
-    fn waiting(&self, name: &str) -> Result<Process> {
-        let dir = self.tools.run_dir().join(name);
-        std::fs::create_dir_all(&dir)?;
-        let log = std::fs::File::create(dir.join("vmm.log"))?;
-        let mut command = self.tools.civic_vmm(name);
-        let mut process =
-            Process(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log.try_clone()?).spawn()?);
-        let source = self.tools.run_dir().join(self.source.name());
-        let config = json!({ "name": name, "fork_of": source, "overlay_dir": self.tools.work });
-        let stdin = process.0.stdin.take().context("a pipe")?;
-        serde_json::to_writer(&stdin, &config)?;
-        drop(stdin);
-        let mut ready = String::new();
-        BufReader::new(process.0.stdout.take().context("a pipe")?).read_line(&mut ready)?;
-        ensure!(ready.contains("ready"), "no monitor waits: {ready}");
-        Ok(process)
-    }
-
-    fn page_server(&self) -> Result<Process> {
-        let process = Process(self.tools.civic_pager(self.source.name()).stdin(Stdio::null()).spawn()?);
-        let deadline = Instant::now() + PATIENCE;
-        while self.ask("GET", "/v1/info", &Value::Null)?["family"]["page_server"] != json!(true) {
-            ensure!(Instant::now() < deadline, "the page server does not turn up");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(process)
-    }
-
-    fn fork(&mut self, round: usize, clock: &Clock, tracer: Option<&Tracer>) -> Result<Fork> {
-        self.ask("POST", "/v1/resume", &Value::Null)?;
-        let before = self.source.run(LOOK, PATIENCE)?;
-        let name = format!("bench-child-{round}");
-        let waiting = self.waiting(&name)?;
-        let page_server = self.page_server()?;
-        tracer.map_or(Ok(()), Tracer::begin)?;
-        let (mark, call) = (clock.mark(), Instant::now());
-        let report = self.ask("POST", "/v1/fork", &json!({ "children": [name], "paused": false }))?;
-        let running = call.elapsed();
-        let stretch = clock.stretch(&mark)?;
-        tracer.map_or(Ok(()), Tracer::end)?;
-        let pause = report["stages"]["pause_us"].as_f64().context("no pause in the answer")? / 1e3;
-        ensure!(report["children"][0]["name"] == json!(name), "no child lives: {report}");
-        let still = tracer.map(|tracer| tracer.longest(self.source.pid()?)).transpose()?;
-        let mut child = Guest::attach(self.tools, name)?;
-        let answers = look(&mut child, &before, call)?;
-        drop(child);
-        waiting.end()?;
-        page_server.end()?;
-        self.halt()?;
-        Ok(Fork { pause, still, running: ms(running) / stretch, answers: ms(answers) })
-    }
-}
-
-/// QEMU's source, and what a second QEMU is started with.
-struct Qemu<'a> {
-    source: Source<'a>,
-    second: Spec,
-}
-
-impl Qemu<'_> {
-    fn fork(&mut self, round: usize, clock: &Clock, tracer: Option<&Tracer>) -> Result<Fork> {
-        self.source.go()?;
-        let before = self.source.guest.run(LOOK, PATIENCE)?;
-        let mut second = self.source.second(&self.second, format!("bench-second-{round}"))?;
-        tracer.map_or(Ok(()), Tracer::begin)?;
-        let (mark, call) = (clock.mark(), Instant::now());
-        let [stopped, resumed] = self.source.snapshot()?;
-        // Its vCPUs come after its word.
-        std::thread::sleep(GRACE);
-        tracer.map_or(Ok(()), Tracer::end)?;
-        let running = second.runs(PATIENCE)? - call;
-        let stretch = clock.stretch(&mark)?;
-        let answers = look(&mut second.guest, &before, call)?;
-        let still = tracer.map(|tracer| tracer.longest(self.source.guest.pid()?)).transpose()?;
-        self.source.complete()?;
-        drop(second);
-        self.source.halt()?;
-        let pause = resumed.happened.saturating_sub(stopped.happened);
-        Ok(Fork { pause: ms(pause), still, running: ms(running) / stretch, answers: ms(answers) })
-    }
 }

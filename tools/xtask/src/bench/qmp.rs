@@ -17,6 +17,8 @@ pub struct Event {
     pub read: Instant,
     /// When it happened, by QEMU's own clock, since 1970.
     pub happened: Duration,
+    /// What QEMU says of it.
+    pub data: Value,
 }
 
 /// A connection to one QEMU.
@@ -80,6 +82,19 @@ impl Qmp {
         Ok(())
     }
 
+    /// Waits until a job has ended, and forgets it.
+    pub fn conclude(&mut self, job: &str, limit: Duration) -> Result<()> {
+        while {
+            let told = self.event("JOB_STATUS_CHANGE", limit)?.data;
+            told["id"] != job || told["status"] != "concluded"
+        } {}
+        let jobs = self.execute("query-jobs", json!({}), limit)?;
+        let ended = jobs.as_array().and_then(|jobs| jobs.iter().find(|known| known["id"] == job));
+        let failed = ended.and_then(|ended| ended["error"].as_str());
+        ensure!(failed.is_none(), "QEMU's {job}: {}", failed.unwrap_or_default());
+        self.execute("job-dismiss", json!({ "id": job }), limit).map(drop)
+    }
+
     /// Waits for the next event of this name that was not waited for before.
     pub fn event(&mut self, name: &str, limit: Duration) -> Result<Event> {
         let deadline = Instant::now() + limit;
@@ -96,7 +111,7 @@ impl Qmp {
 fn event(message: &Value, read: Instant) -> Option<Event> {
     let stamp = |field: &str| message["timestamp"][field].as_u64();
     let happened = Duration::from_secs(stamp("seconds")?) + Duration::from_micros(stamp("microseconds")?);
-    Some(Event { name: message["event"].as_str()?.to_owned(), read, happened })
+    Some(Event { name: message["event"].as_str()?.to_owned(), read, happened, data: message["data"].clone() })
 }
 
 #[cfg(test)]
@@ -121,6 +136,18 @@ mod tests {
         let connected = Qmp::connect(&path, Duration::from_secs(5));
         std::fs::remove_file(&path).unwrap();
         connected
+    }
+
+    #[test]
+    fn jobs_end_well_or_not() {
+        let limit = Duration::from_secs(5);
+        let concluded = r#"{"event": "JOB_STATUS_CHANGE", "data": {"id": "save", "status": "concluded"}, "timestamp": {"seconds": 1, "microseconds": 1}}"#;
+        let other = r#"{"event": "JOB_STATUS_CHANGE", "data": {"id": "x", "status": "concluded"}, "timestamp": {"seconds": 1, "microseconds": 0}}"#;
+        let well: &[_] = &[other, concluded, r#"{"return": [{"id": "save"}]}"#, r#"{"return": {}}"#];
+        qemu("job", Vec::leak(well.to_vec())).unwrap().conclude("save", limit).unwrap();
+        let ill: &[_] = &[concluded, r#"{"return": [{"id": "save", "error": "no room"}]}"#];
+        let told = qemu("failed-job", Vec::leak(ill.to_vec())).unwrap().conclude("save", limit).unwrap_err();
+        assert!(told.to_string().contains("no room"), "{told}");
     }
 
     #[test]

@@ -12,7 +12,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use serde_json::json;
 
 use super::{FOLDER, LOADER, PATIENCE, Program, Run};
 use crate::bench::clock::Clock;
@@ -69,14 +68,14 @@ impl<'a> Paper<'a> {
         let mut second = self.source.second(&self.second, format!("bench-second-{round}"))?;
         self.source.snapshot()?;
         second.runs(PATIENCE)?;
-        halt(&mut second)?;
+        second.halt(PATIENCE)?;
         self.source.complete()?;
         self.source.halt()?;
         let name = format!("bench-clone-{round}");
         let mut clone = second.clone_on_demand(self.tools, &self.clone, &self.sockets, name, PATIENCE)?;
         plug_store(&mut clone.qmp, &self.store, PATIENCE)?;
         let first = self.start(&mut clone, &programs[0], clock)?;
-        halt(&mut clone)?;
+        clone.halt(PATIENCE)?;
         let again = self.start(&mut clone, &programs[1], clock)?;
         complaints(&mut clone.guest)?;
         Ok([first, again])
@@ -96,9 +95,4 @@ impl<'a> Paper<'a> {
         clone.guest.run(&format!("until umount {FOLDER}; do usleep 50000; done 2>/dev/null"), PATIENCE)?;
         Ok(Run { took: (spoke - call).as_secs_f64() * 1e3 / stretch, stages: Vec::new() })
     }
-}
-
-fn halt(guest: &mut Second<'_>) -> Result<()> {
-    guest.qmp.execute("stop", json!({}), PATIENCE)?;
-    guest.qmp.event("STOP", PATIENCE).map(drop)
 }

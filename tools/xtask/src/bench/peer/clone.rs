@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
 use crate::bench::guest::Guest;
@@ -43,6 +43,11 @@ impl Sockets {
     /// The same for [`Second::clone_on_demand`]: what it takes must be said before it listens, and it must not run by itself.
     pub fn deferred_options(&self) -> Vec<String> {
         ["-S", "-incoming", "defer", "-qmp", &listens(&self.control)].map(str::to_owned).into()
+    }
+
+    /// To take commands, of one that boots a guest of its own.
+    pub fn control_options(&self) -> Vec<String> {
+        ["-qmp", &listens(&self.control)].map(str::to_owned).into()
     }
 
     /// And to have its guest changed.
@@ -84,8 +89,7 @@ impl<'a> Source<'a> {
     /// Whatever is asked of it may take as long as `limit`.
     pub fn new(tools: &'a Tools, guest: Guest<'a>, control: &Path, sockets: Sockets, limit: Duration) -> Result<Self> {
         let mut qmp = Qmp::connect(control, limit)?;
-        let snapshot = json!({ "capabilities": [{ "capability": "background-snapshot", "state": true }] });
-        qmp.execute("migrate-set-capabilities", snapshot, limit)?;
+        capabilities(&mut qmp, &[(SNAPSHOT, true)], limit)?;
         // No limit: by default QEMU sends 128 MiB a second.
         qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 40 }), limit)?;
         Ok(Self { tools, guest, qmp, sockets, limit })
@@ -117,16 +121,51 @@ impl<'a> Source<'a> {
 
     /// Waits until QEMU has done with the snapshot.
     pub fn complete(&mut self) -> Result<()> {
-        let deadline = Instant::now() + self.limit;
+        complete(&mut self.qmp, self.limit)
+    }
+
+    /// Writes all of a guest that runs to a file, while it stands still: when it had stopped, and when it ran on.
+    pub fn save(&mut self, file: &Path) -> Result<[Event; 2]> {
+        // Events tell the end of it at once, which is within the guest's pause.
+        capabilities(&mut self.qmp, &[(SNAPSHOT, false), (EVENTS, true)], self.limit)?;
+        self.qmp.execute("stop", json!({}), self.limit)?;
+        let stopped = self.qmp.event("STOP", self.limit)?;
+        self.qmp.execute("migrate", json!({ "uri": format!("file:{}", file.display()) }), self.limit)?;
         loop {
-            let told = self.qmp.execute("query-migrate", json!({}), self.limit)?;
+            let told = self.qmp.event("MIGRATION", self.limit)?.data;
             match told["status"].as_str() {
-                Some("completed") => return Ok(()),
-                Some("active" | "device" | "setup") if Instant::now() < deadline => {}
-                _ => bail!("QEMU's snapshot: {told}"),
+                Some("completed") => break,
+                Some("setup" | "active" | "device") => {}
+                _ => bail!("QEMU's migration to a file: {told}"),
             }
-            std::thread::sleep(Duration::from_millis(50));
         }
+        self.qmp.execute("cont", json!({}), self.limit)?;
+        let resumed = self.qmp.event("RESUME", self.limit)?;
+        capabilities(&mut self.qmp, &[(EVENTS, false), (SNAPSHOT, true)], self.limit)?;
+        Ok([stopped, resumed])
+    }
+}
+
+const SNAPSHOT: &str = "background-snapshot";
+const EVENTS: &str = "events";
+
+/// Has migrations be of a kind, or not.
+fn capabilities(qmp: &mut Qmp, which: &[(&str, bool)], limit: Duration) -> Result<()> {
+    let of: Vec<_> = which.iter().map(|(name, on)| json!({ "capability": name, "state": on })).collect();
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": of }), limit).map(drop)
+}
+
+/// Waits until a migration is over.
+fn complete(qmp: &mut Qmp, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let told = qmp.execute("query-migrate", json!({}), limit)?;
+        match told["status"].as_str() {
+            Some("completed") => return Ok(()),
+            Some("active" | "device" | "setup" | "postcopy-active") if Instant::now() < deadline => {}
+            _ => bail!("QEMU's migration: {told}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -143,6 +182,40 @@ impl<'a> Second<'a> {
         Ok(Self { guest, qmp })
     }
 
+    /// One that has [`Sockets::deferred_options`]: it waits to be told what to take.
+    pub fn deferred(tools: &'a Tools, spec: &Spec, sockets: &Sockets, name: String, limit: Duration) -> Result<Self> {
+        Self::start(tools, spec, sockets, name, limit)
+    }
+
+    /// One that has booted a guest of its own, with [`Sockets::control_options`].
+    pub fn attach(guest: Guest<'a>, sockets: &Sockets, limit: Duration) -> Result<Self> {
+        Ok(Self { guest, qmp: Qmp::connect(&sockets.control, limit)? })
+    }
+
+    /// Has its guest stand still.
+    pub fn halt(&mut self, limit: Duration) -> Result<()> {
+        self.qmp.execute("stop", json!({}), limit)?;
+        self.qmp.event("STOP", limit).map(drop)
+    }
+
+    /// Lets it run: the moment.
+    pub fn go(&mut self, limit: Duration) -> Result<Instant> {
+        self.qmp.execute("cont", json!({}), limit)?;
+        self.runs(limit)
+    }
+
+    /// Reads what [`Source::save`] has written; its guest stands still then.
+    pub fn take_saved(&mut self, file: &Path, limit: Duration) -> Result<()> {
+        capabilities(&mut self.qmp, &[(EVENTS, true)], limit)?;
+        self.qmp.execute("migrate-incoming", json!({ "uri": format!("file:{}", file.display()) }), limit)?;
+        while {
+            let told = self.qmp.event("MIGRATION", limit)?.data;
+            ensure!(told["status"] != "failed", "QEMU does not read what it has written");
+            told["status"] != "completed"
+        } {}
+        Ok(())
+    }
+
     /// A clone as the paper has it: it has the devices' state, and each page of memory when it touches that, unless that has come by itself
     /// before. The paper has nothing come by itself; a stock QEMU that is told so (`max-postcopy-bandwidth`) serves pages so slowly that
     /// its clone took 33 to 39 s for what takes it 2 s otherwise. This one, which must stand still, is left to serve it. The clone has [`Sockets::deferred_options`], and stands still.
@@ -154,11 +227,16 @@ impl<'a> Second<'a> {
         name: String,
         limit: Duration,
     ) -> Result<Self> {
-        let mut clone = Self::start(tools, spec, sockets, name, limit)?;
+        let mut clone = Self::deferred(tools, spec, sockets, name, limit)?;
+        self.give_on_demand(&mut clone, sockets, limit)?;
+        Ok(clone)
+    }
+
+    /// The same to one that waits.
+    pub fn give_on_demand(&mut self, clone: &mut Self, sockets: &Sockets, limit: Duration) -> Result<()> {
         let uri = format!("unix:{}", sockets.stream.display());
-        let by_demand = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
         for qmp in [&mut self.qmp, &mut clone.qmp] {
-            qmp.execute("migrate-set-capabilities", by_demand.clone(), limit)?;
+            capabilities(qmp, &[("postcopy-ram", true)], limit)?;
         }
         clone.qmp.execute("migrate-incoming", json!({ "uri": uri }), limit)?;
         // No limit afterwards.
@@ -172,12 +250,18 @@ impl<'a> Second<'a> {
             let sent = self.qmp.execute(here, json!({}), limit)?;
             let got = clone.qmp.execute(there, json!({}), limit)?;
             match (sent["status"].as_str(), got["status"].as_str()) {
-                (Some("postcopy-active"), Some("paused" | "prelaunch")) => return Ok(clone),
+                // All of a small one may have come already.
+                (Some("postcopy-active" | "completed"), Some("paused" | "prelaunch")) => return Ok(()),
                 (Some("setup" | "active" | "device" | "postcopy-active"), _) if Instant::now() < deadline => {}
                 _ => bail!("QEMU's post-copy: {sent}, {got}"),
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until all of it was given.
+    pub fn given(&mut self, limit: Duration) -> Result<()> {
+        complete(&mut self.qmp, limit)
     }
 
     /// Waits until it has all of the snapshot and its guest runs: the moment.
