@@ -26,15 +26,19 @@ use kvm_ioctls::VcpuFd;
 use tokio::sync::Notify;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::cpu::guest::registers;
+use crate::cpu::guest::address_space;
 use crate::machine::surgery::Seen;
 use crate::traps::Trap;
 
 /// Where loaders knock.
 pub const PORT: u16 = 0x6c0;
 
-/// Bytes that are kept of what a program has said, and of what it is told, at most.
-pub const ROOM: usize = 4 * (HEADER + MAX_PAYLOAD);
+/// Bytes that are kept of what a program has said, at most.
+pub const ROOM: usize = 16 * (HEADER + MAX_PAYLOAD);
+/// And of what it is told, before no more is taken: more than a loader ever gives credit for, in frames of some bytes too.
+const TOLD: usize = 4 << 20;
+/// What is less is put together for the client.
+const PIECE: usize = HEADER + MAX_PAYLOAD;
 /// Programs at a time.
 pub const MOST: usize = 64;
 
@@ -76,7 +80,7 @@ struct Talk {
     /// What the loader has said and is no whole frame yet.
     partial: Vec<u8>,
     /// Whole frames for the client, which make sense.
-    from_guest: VecDeque<u8>,
+    from_guest: Pieces,
     /// The loader has said its first word.
     greeted: bool,
     /// It has become the program.
@@ -89,6 +93,29 @@ struct Talk {
     attended: bool,
     /// Nobody listens any more.
     deaf: bool,
+}
+
+/// Whole frames, in pieces that are as large as they came: nothing is copied that is large.
+#[derive(Default)]
+struct Pieces {
+    pieces: VecDeque<Vec<u8>>,
+    len: usize,
+}
+
+impl Pieces {
+    fn push(&mut self, frames: Vec<u8>) {
+        self.len += frames.len();
+        match self.pieces.back_mut() {
+            Some(last) if last.len() + frames.len() <= PIECE => last.extend(frames),
+            _ => self.pieces.push_back(frames),
+        }
+    }
+
+    fn pop(&mut self) -> Option<Vec<u8>> {
+        let piece = self.pieces.pop_front()?;
+        self.len -= piece.len();
+        Some(piece)
+    }
 }
 
 impl Programs {
@@ -192,8 +219,8 @@ impl Session {
             let changed = self.changed.notified();
             {
                 let mut talk = self.talk();
-                if !talk.from_guest.is_empty() {
-                    return Ok(std::mem::take(&mut talk.from_guest).into());
+                if let Some(frames) = talk.from_guest.pop() {
+                    return Ok(frames);
                 }
                 if talk.over {
                     return Err(talk.broken.clone());
@@ -205,20 +232,25 @@ impl Session {
 
     /// A frame for the loader, if there is room.
     pub fn tell(&self, frame: &ToGuest<'_>) -> bool {
-        let mut talk = self.talk();
         let mut bytes = Vec::new();
-        if talk.to_guest.len() >= ROOM || frame.encode(&mut bytes).is_err() {
-            return false;
+        frame.encode(&mut bytes).is_ok() && self.pass_on(&bytes)
+    }
+
+    /// The same, of one that was encoded elsewhere and looked into.
+    pub fn pass_on(&self, frame: &[u8]) -> bool {
+        let mut talk = self.talk();
+        let room = talk.to_guest.len() < TOLD;
+        if room {
+            talk.to_guest.extend(frame);
         }
-        talk.to_guest.extend(bytes);
-        true
+        room
     }
 
     /// Nobody wants to hear of it any more: what it says is dropped.
     pub fn abandon(&self) {
         let mut talk = self.talk();
         talk.deaf = true;
-        talk.from_guest.clear();
+        talk.from_guest = Pieces::default();
     }
 
     /// Ends it, whatever the loader does.
@@ -240,7 +272,7 @@ impl Session {
 
     fn is_done(&self) -> bool {
         let talk = self.talk();
-        talk.over && (talk.deaf || talk.from_guest.is_empty())
+        talk.over && (talk.deaf || talk.from_guest.len == 0)
     }
 
     fn talk(&self) -> MutexGuard<'_, Talk> {
@@ -258,36 +290,48 @@ impl Session {
         if talk.over {
             return EPIPE;
         }
-        let room = ROOM.saturating_sub(talk.from_guest.len() + talk.partial.len());
+        let room = ROOM.saturating_sub(talk.from_guest.len + talk.partial.len());
         let Some(bytes) = bytes(room) else { return UNMAPPED };
-        talk.partial.extend_from_slice(&bytes);
+        let heard = bytes.len() as i64;
+        if talk.partial.is_empty() {
+            talk.partial = bytes;
+        } else {
+            talk.partial.extend(bytes);
+        }
         if let Err(e) = talk.sort() {
             (talk.over, talk.broken) = (true, Some(format!("the loader makes no sense: {e}")));
         }
         drop(talk);
         self.tell_all();
-        bytes.len() as i64
+        heard
     }
 }
 
 impl Talk {
-    /// Moves whole frames to where the client finds them.
+    /// Moves whole frames to where the client finds them, up to one that makes no sense.
     fn sort(&mut self) -> Result<(), Malformed> {
         let mut done = 0;
-        while let Some((frame, len)) = split(&self.partial[done..])? {
-            match FromGuest::decode(frame)? {
-                FromGuest::Hello { .. } => self.greeted = true,
-                FromGuest::Stage { stage: Stage::Execed, .. } => self.runs = true,
-                FromGuest::Exited(_) | FromGuest::Failed { .. } => self.over = true,
-                _ => {}
-            }
-            if !self.deaf {
-                self.from_guest.extend(&self.partial[done..done + len]);
+        let sorted = loop {
+            let (frame, len) = match split(&self.partial[done..]) {
+                Ok(Some(found)) => found,
+                Ok(None) => break Ok(()),
+                Err(e) => break Err(e),
+            };
+            match FromGuest::decode(frame) {
+                Ok(FromGuest::Hello { .. }) => self.greeted = true,
+                Ok(FromGuest::Stage { stage: Stage::Execed, .. }) => self.runs = true,
+                Ok(FromGuest::Exited(_) | FromGuest::Failed { .. }) => self.over = true,
+                Ok(_) => {}
+                Err(e) => break Err(e),
             }
             done += len;
+        };
+        let rest = self.partial.split_off(done);
+        let frames = std::mem::replace(&mut self.partial, rest);
+        if !self.deaf && !frames.is_empty() {
+            self.from_guest.push(frames);
         }
-        self.partial.drain(..done);
-        Ok(())
+        sorted
     }
 }
 
@@ -310,8 +354,7 @@ impl Trap for Knocking {
             // Another program that has an instruction there: past the breakpoint.
             return fd.set_regs(&kvm_regs { rflags: regs.rflags | if stopped { RESUME } else { 0 }, ..regs });
         };
-        let space = AddressSpace::of(&registers(fd)?);
-        let answer = match (space, regs.rax as u32) {
+        let answer = match (address_space(fd)?, regs.rax as u32) {
             (Some(space), OP_SEND) => session.hear(|room| self.fetch(&space, regs.rdi, regs.rsi.min(room as u64))),
             (Some(space), OP_RECV) => self.give(&session, &space, regs.rdi, regs.rsi),
             _ => EINVAL,
@@ -337,7 +380,7 @@ impl Knocking {
             return EPIPE;
         }
         let len = len.min(talk.to_guest.len() as u64);
-        let bytes: Vec<u8> = talk.to_guest.iter().take(len as usize).copied().collect();
+        let bytes = &talk.to_guest.make_contiguous()[..len as usize];
         let written = self.pages(space, at, len, true, |physical, from, to| {
             self.ram.write_slice(&bytes[from as usize..to as usize], GuestAddress(physical)).is_ok()
         });

@@ -11,6 +11,8 @@ use crate::time::{Deadline, timespec};
 const PATIENCE_MS: u64 = 60_000;
 /// The times between two looks at a channel that has nothing to wait at, in milliseconds: just after something came or went, and at most.
 const TICK_MS: (u64, u64) = (1, 20);
+/// So many looks are "just after": a host that is asked for more needs some milliseconds.
+const JUST_AFTER: u8 = 30;
 /// How long nobody looks at anything at most, in milliseconds.
 const LOOK_MS: u64 = 500;
 /// Bytes of the buffer that output leaves to other frames.
@@ -52,6 +54,20 @@ impl<'a> Buffer<'a> {
         Self { bytes, start: 0, end: 0 }
     }
 
+    /// How much may wait.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// What waits, waits there from now on, where there is at least as much room.
+    pub fn move_to(&mut self, bytes: &'a mut [u8]) {
+        let waiting = &self.bytes[self.start..self.end];
+        if let Some(place) = bytes.get_mut(..waiting.len()) {
+            place.copy_from_slice(waiting);
+            *self = Self { start: 0, end: waiting.len(), bytes };
+        }
+    }
+
     /// What waits.
     pub fn waiting(&self) -> &[u8] {
         &self.bytes[self.start..self.end]
@@ -90,7 +106,12 @@ impl<'a> Buffer<'a> {
 
 impl Sink for Buffer<'_> {
     fn put(&mut self, bytes: &[u8]) -> Result<(), Full> {
-        self.room().get_mut(..bytes.len()).ok_or(Full)?.copy_from_slice(bytes);
+        // What waits is moved only when it must be.
+        let room = match self.bytes.len() - self.end < bytes.len() {
+            true => self.room(),
+            false => &mut self.bytes[self.end..],
+        };
+        room.get_mut(..bytes.len()).ok_or(Full)?.copy_from_slice(bytes);
         self.added(bytes.len());
         Ok(())
     }
@@ -102,12 +123,14 @@ pub struct Link<'a> {
     from_host: Buffer<'a>,
     to_host: Buffer<'a>,
     tick_ms: u64,
+    /// Looks for nothing since something came or went.
+    idle: u8,
 }
 
 impl<'a> Link<'a> {
     /// Over `channel`; each buffer has room for a greatest frame and [`RESERVED`] bytes.
     pub fn new(channel: &'a mut dyn Channel, from_host: Buffer<'a>, to_host: Buffer<'a>) -> Self {
-        Self { channel, from_host, to_host, tick_ms: TICK_MS.0 }
+        Self { channel, from_host, to_host, tick_ms: TICK_MS.0, idle: 0 }
     }
 
     /// Says something other than output. Waits for the host if there is no room for it.
@@ -193,7 +216,7 @@ impl<'a> Link<'a> {
 
     fn moved(&mut self, count: usize) -> bool {
         if count > 0 {
-            self.tick_ms = TICK_MS.0;
+            (self.tick_ms, self.idle) = (TICK_MS.0, 0);
         }
         count > 0
     }
@@ -227,7 +250,10 @@ impl<'a> Link<'a> {
             Some(fd) => watched.add(fd, flags),
             None => {
                 watched.limit(self.tick_ms);
-                self.tick_ms = (self.tick_ms * 2).min(TICK_MS.1);
+                self.idle = self.idle.saturating_add(1);
+                if self.idle > JUST_AFTER {
+                    self.tick_ms = (self.tick_ms * 2).min(TICK_MS.1);
+                }
             }
         }
         watched.wait();

@@ -7,10 +7,14 @@ use core::arch::global_asm;
 
 global_asm!(
     ".globl memcpy, memmove, memset, memcmp, bcmp, strlen",
-    // (rdi: to, rsi: from, rdx: count) -> to
+    // (rdi: to, rsi: from, rdx: count) -> to. In words first: where there are no fast bytes, as in emulators, that is eight times as fast.
     "memcpy:",
     "    mov rax, rdi",
-    "    mov rcx, rdx",
+    "3:  mov rcx, rdx",
+    "    shr rcx, 3",
+    "    rep movsq",
+    "    mov ecx, edx",
+    "    and ecx, 7",
     "    rep movsb",
     "    ret",
     // The same; backwards if `from < to < from + count`.
@@ -20,10 +24,7 @@ global_asm!(
     "    mov r8, rdi",
     "    sub r8, rsi",
     "    cmp r8, rdx",
-    "    jb 2f",
-    "    rep movsb",
-    "    ret",
-    "2:",
+    "    jae 3b",
     "    lea rdi, [rdi + rdx - 1]",
     "    lea rsi, [rsi + rdx - 1]",
     "    std",
@@ -33,8 +34,14 @@ global_asm!(
     // (rdi: to, esi: byte, rdx: count) -> to
     "memset:",
     "    mov r8, rdi",
-    "    mov eax, esi",
+    "    movzx eax, sil",
+    "    mov rcx, 0x0101010101010101",
+    "    imul rax, rcx",
     "    mov rcx, rdx",
+    "    shr rcx, 3",
+    "    rep stosq",
+    "    mov ecx, edx",
+    "    and ecx, 7",
     "    rep stosb",
     "    mov rax, r8",
     "    ret",

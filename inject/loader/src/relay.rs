@@ -12,6 +12,7 @@
 use civic_loader::{Exit, FromGuest, Malformed, Output, Stage, Step, ToGuest};
 use rustix::event::PollFlags;
 use rustix::io::{Errno, read, write};
+use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::{Signal, WaitStatus};
 
 use crate::channel::Lost;
@@ -19,10 +20,15 @@ use crate::failure::{Ending, Failure};
 use crate::freeze::Frozen;
 use crate::link::{Buffer, Link, Watched};
 use crate::program::Program;
-use crate::sys;
+use crate::{room, sys};
 
-/// Credit is given back in pieces of so many bytes, or when there is nothing left to be read.
-const CREDIT: u32 = 16 << 10;
+/// Credit is given back in pieces of this part of all that there is, or when there is nothing left to be read.
+const CREDIT_PARTS: usize = 4;
+/// Bytes that a pipe of a program holds which reads or writes much.
+const PIPE: usize = 256 << 10;
+/// While output streams, the host is asked once in so many rounds whether it has something to say: a hypercall for nothing costs as much as one
+/// that takes output.
+const DEAF_ROUNDS: u8 = 7;
 /// How often to see whether the program has ended where nothing tells, in milliseconds.
 const LOOK_MS: u64 = 20;
 
@@ -37,6 +43,14 @@ pub struct Relay<'r, 'l> {
     stdin: Buffer<'r>,
     /// Credit to be given back.
     owed: u32,
+    /// What the program has read so far.
+    read: usize,
+    /// There is not all the room for input yet that there can be.
+    may_grow: bool,
+    /// The pipes of output are as large as they get.
+    wide: bool,
+    /// Rounds until the host is asked again.
+    deaf: u8,
     end: InputEnd,
     /// The program's terminal has nobody at its other end now: it is ready all the time, and gives nothing.
     hung_up: bool,
@@ -54,7 +68,20 @@ enum InputEnd {
 impl<'r, 'l> Relay<'r, 'l> {
     /// Between the two; `stdin` is as large as the credit that the host was given.
     pub fn new(link: &'r mut Link<'l>, program: Program, stdin: Buffer<'r>, frozen: &'r mut Frozen) -> Self {
-        Self { link, program, frozen, stdin, owed: 0, end: InputEnd::Far, hung_up: false, exit: None }
+        Self {
+            link,
+            program,
+            frozen,
+            stdin,
+            owed: 0,
+            read: 0,
+            may_grow: true,
+            wide: false,
+            deaf: 0,
+            end: InputEnd::Far,
+            hung_up: false,
+            exit: None,
+        }
     }
 
     /// Runs until the program has ended and all that it has written is on its way. Processes that it leaves behind are not waited for.
@@ -75,7 +102,12 @@ impl<'r, 'l> Relay<'r, 'l> {
     fn relay(&mut self) -> Result<Exit, Ending<'static>> {
         loop {
             let mut moved = self.link.send()?;
-            moved |= self.link.recv()?;
+            self.deaf = if moved { self.deaf.saturating_sub(1) } else { 0 };
+            if self.deaf == 0 {
+                let heard = self.link.recv()?;
+                self.deaf = if heard { 0 } else { DEAF_ROUNDS };
+                moved |= heard;
+            }
             self.obey()?;
             moved |= self.feed();
             self.repay()?;
@@ -146,11 +178,29 @@ impl<'r, 'l> Relay<'r, 'l> {
         };
         self.stdin.gone(count);
         self.owed += count as u32;
+        self.read += count;
+        if self.may_grow && self.read >= self.stdin.len() {
+            self.grow();
+        }
         count > 0
     }
 
+    /// Has more input come at a time: the host need not wait for what it sent last to be read.
+    fn grow(&mut self) {
+        self.may_grow = false;
+        let before = self.stdin.len();
+        let Some(more) = room::more() else { return };
+        self.stdin.move_to(more);
+        self.owed += (self.stdin.len() - before) as u32;
+        if let Some(fd) = self.program.stdin() {
+            // A terminal has no such size.
+            let _ = fcntl_setpipe_size(fd, PIPE);
+        }
+    }
+
     fn repay(&mut self) -> Result<(), Lost> {
-        if (self.owed >= CREDIT || self.owed > 0 && self.stdin.waiting().is_empty()) && self.link.has_room() {
+        let piece = (self.stdin.len() / CREDIT_PARTS) as u32;
+        if (self.owed >= piece || self.owed > 0 && self.stdin.waiting().is_empty()) && self.link.has_room() {
             self.link.tell(FromGuest::Credit(core::mem::take(&mut self.owed)))?;
         }
         Ok(())
@@ -177,8 +227,18 @@ impl<'r, 'l> Relay<'r, 'l> {
             return false;
         };
         self.hung_up = false;
-        match self.link.output(output, |room| read(fd, room)) {
-            Ok(count @ 1..) => return count > 0,
+        let mut wanted = 0;
+        match self.link.output(output, |room| {
+            wanted = room.len();
+            read(fd, room)
+        }) {
+            Ok(count @ 1..) => {
+                if count == wanted && !self.wide {
+                    self.wide = true;
+                    let _ = fcntl_setpipe_size(fd, PIPE);
+                }
+                return true;
+            }
             Err(Errno::INTR) => {}
             // Others may have it open, but the program will write no more.
             Err(Errno::AGAIN) if self.exit.is_none() => {}

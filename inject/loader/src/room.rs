@@ -3,7 +3,11 @@
 #![allow(unsafe_code)]
 
 use core::cell::UnsafeCell;
+use core::ptr::null_mut;
+use core::slice;
 use core::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
 use crate::link::Pages;
 
@@ -11,6 +15,8 @@ use crate::link::Pages;
 pub const LINK_PAGES: usize = 18;
 /// Pages of the input that the program has not read yet.
 pub const STDIN_PAGES: usize = 16;
+/// Bytes of it where there is much: only then, for each page is brought before the program starts.
+const MORE: usize = 256 << 10;
 
 /// The monitor reads and writes the first two by itself: they are whole pages.
 pub struct Room {
@@ -44,4 +50,13 @@ static TAKEN: AtomicBool = AtomicBool::new(false);
 pub fn take() -> Option<&'static mut Room> {
     // SAFETY: nobody else has come by here, so there is no other reference.
     (!TAKEN.swap(true, Ordering::Relaxed)).then(|| unsafe { &mut *PLACE.0.get() })
+}
+
+/// Memory for much input, for ever; none if the kernel gives none.
+pub fn more() -> Option<&'static mut [u8]> {
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    // SAFETY: it is put where nothing is.
+    let at = unsafe { mmap_anonymous(null_mut(), MORE, access, flags) }.ok()?;
+    // SAFETY: so many bytes were mapped there, full of zeroes, which nobody else knows of and which are never unmapped.
+    Some(unsafe { slice::from_raw_parts_mut(at.cast(), MORE) })
 }

@@ -1,6 +1,7 @@
 //! What is read of a vCPU to find the guest's kernel.
 
 use civic_guest::memory::Gva;
+use civic_guest::paging::AddressSpace;
 use civic_guest::registers::Registers;
 use kvm_ioctls::{Error, VcpuFd};
 
@@ -27,4 +28,14 @@ pub fn registers(fd: &VcpuFd) -> Result<Registers, Error> {
         rsp: Gva(regs.rsp),
         cpl: sregs.ss.dpl,
     })
+}
+
+/// The address space in which a vCPU runs that stands still, on its own thread; none where it has no 64-bit mode on.
+///
+/// # Errors
+/// What KVM says.
+pub fn address_space(fd: &VcpuFd) -> Result<Option<AddressSpace>, Error> {
+    let sregs = fd.get_sregs()?;
+    let paging = Registers { cr3: sregs.cr3, cr4: sregs.cr4, efer: sregs.efer, ..Registers::default() };
+    Ok(AddressSpace::of(&paging))
 }

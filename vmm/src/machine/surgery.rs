@@ -16,7 +16,6 @@ use std::time::Instant;
 use civic_api::VmConfig;
 use civic_devices::virtio::GuestRam;
 use civic_guest::memory::{Absent, Gpa, Gva, PhysicalMemory};
-use civic_guest::paging::AddressSpace;
 use civic_guest::registers::Registers;
 use civic_inject::code::{Code, CodeError, Mailbox, OUT, PORT};
 use civic_inject::hook::{Hook, Progress, Turn};
@@ -27,7 +26,7 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Machine;
-use crate::cpu::guest::registers;
+use crate::cpu::guest::{address_space, registers};
 use crate::kvm::KvmError;
 use crate::kvm::slots::Annex;
 use crate::traps::Trap;
@@ -318,8 +317,7 @@ impl Injection {
     /// The vCPU as after a `ret`; none where its stack cannot be read.
     fn returned(&self, fd: &VcpuFd, regs: kvm_regs) -> Result<Option<kvm_regs>, kvm_ioctls::Error> {
         let memory: &dyn PhysicalMemory = &Seen(&self.memory);
-        let space = AddressSpace::of(&registers(fd)?);
-        let stack = space.and_then(|space| space.walk(memory, Gva(regs.rsp)).ok());
+        let stack = address_space(fd)?.and_then(|space| space.walk(memory, Gva(regs.rsp)).ok());
         let target = stack.and_then(|found| memory.u64(found.at).ok());
         Ok(target.map(|rip| kvm_regs { rip, rsp: regs.rsp.wrapping_add(8), ..regs }))
     }

@@ -130,19 +130,16 @@ async fn told(session: Arc<Session>, mut from_client: impl AsyncReadExt + Unpin)
         let mut done = 0;
         loop {
             let frame = match wire::split(&bytes[done..]) {
-                Ok(Some((frame, len))) => {
-                    done += len;
-                    ToGuest::decode(frame)
-                }
+                Ok(Some((frame, len))) => ToGuest::decode(frame).map(|decoded| (decoded, &bytes[done..done + len])),
                 Ok(None) => break,
                 Err(_) => return,
             };
             match frame {
                 // It is launched already.
-                Ok(ToGuest::Launch(_)) | Err(_) => return,
+                Ok((ToGuest::Launch(_), _)) | Err(_) => return,
                 // More than there was credit for.
-                Ok(frame) if !session.tell(&frame) => return,
-                Ok(_) => {}
+                Ok((_, frame)) if !session.pass_on(frame) => return,
+                Ok((_, frame)) => done += frame.len(),
             }
         }
         bytes.drain(..done);

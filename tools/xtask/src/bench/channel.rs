@@ -1,6 +1,7 @@
 //! Throughput of the channel between a program that was started from outside and its client, both ways: what `civic exec` and `civic cp` get.
 //!
-//! Beside it stands vsock of the same guest: the loader uses no driver of the guest's, and this shows what one would be worth.
+//! Beside it stands a program whose pipe somebody in the same guest relays by vsock: the loader uses no driver of the guest's, and this shows
+//! what one would be worth.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};

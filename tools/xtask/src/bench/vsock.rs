@@ -44,12 +44,26 @@ fn open(to: &Vsock) -> Result<File> {
     }
 }
 
+/// Who is at the guest's end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The guest's end itself.
+    Own,
+    /// A program behind a pipe.
+    Piped,
+}
+
 /// MiB per second, over about so many seconds. What the guest receives counts when it has read it all.
-pub fn measure(to: &Vsock, way: Way, seconds: u32) -> Result<f64> {
+pub fn measure(to: &Vsock, way: Way, end: End, seconds: u32) -> Result<f64> {
     let mut stream = open(to)?;
     let mut block = vec![b'x'; BLOCK];
     let mut bytes = 0;
-    stream.write_all(if way == Way::Tx { b"s" } else { b"r" })?;
+    stream.write_all(match (way, end) {
+        (Way::Tx, End::Own) => b"s",
+        (Way::Rx, End::Own) => b"r",
+        (Way::Tx, End::Piped) => b"S",
+        (Way::Rx, End::Piped) => b"R",
+    })?;
     let start = Instant::now();
     let limit = Duration::from_secs(seconds.into());
     while start.elapsed() < limit {
@@ -92,8 +106,8 @@ mod tests {
 
     #[test]
     fn sending_ends_when_all_is_read() {
-        assert!(measure(&guest("ok", b"OK 1073741824\n"), Way::Rx, 1).unwrap() > 0.0);
-        assert!(measure(&guest("no", b"no such port\n"), Way::Rx, 1).is_err());
-        assert!(measure(&Vsock::Unix("/nowhere".into()), Way::Rx, 1).is_err());
+        assert!(measure(&guest("ok", b"OK 1073741824\n"), Way::Rx, End::Own, 1).unwrap() > 0.0);
+        assert!(measure(&guest("no", b"no such port\n"), Way::Rx, End::Own, 1).is_err());
+        assert!(measure(&Vsock::Unix("/nowhere".into()), Way::Rx, End::Own, 1).is_err());
     }
 }
