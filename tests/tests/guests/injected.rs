@@ -61,7 +61,7 @@ fn in_many(vm: &mut Vm, forks: u32, found_us: u64) -> Result<()> {
             let find_us = again(&child, n * PROGRAMS + program, &taint)?;
             least_us = least_us.min(find_us);
         }
-        if n % WHOLE == 0 {
+        if n.is_multiple_of(WHOLE) {
             let after = sums(&child)?;
             ensure!(after == before, "the kernel was {before:?}, and is {after:?}");
             child.check_kernel_log()?;
