@@ -110,6 +110,10 @@ pub struct VmConfig {
     /// came from.
     #[serde(default, skip_serializing_if = "is_false")]
     pub allow_programs: bool,
+    /// Where each request that changes something, or shows something of the guest, is written down with who made it. If absent, nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub audit: Option<PathBuf>,
 }
 
 impl VmConfig {

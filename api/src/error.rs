@@ -48,6 +48,8 @@ pub enum ErrorCode {
     KvmCannotRunLinux,
     /// The host cannot have the jail that was asked for.
     JailUnavailable,
+    /// The audit log cannot be written: nothing was done.
+    AuditFailed,
     /// The host has not the memory.
     OutOfMemory,
     /// The request is larger than the server takes.
@@ -80,7 +82,9 @@ impl ErrorCode {
             | Self::SocketUnavailable
             | Self::TapUnavailable => 422,
             Self::Internal => 500,
-            Self::Busy | Self::KvmUnavailable | Self::KvmCannotRunLinux | Self::JailUnavailable => 503,
+            Self::Busy | Self::KvmUnavailable | Self::KvmCannotRunLinux | Self::JailUnavailable | Self::AuditFailed => {
+                503
+            }
             Self::OutOfMemory => 507,
         }
     }

@@ -99,6 +99,10 @@ pub struct VmInfo {
     /// Kernel image it was started with.
     #[schema(value_type = String)]
     pub kernel: PathBuf,
+    /// Its audit log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub audit: Option<PathBuf>,
     /// How often the guest has started: 1 after `start`, one more for each reset.
     pub boots: u64,
     /// When the guest first started, in milliseconds since 1970 (UTC). Absent before.

@@ -110,6 +110,10 @@ pub struct RestoreConfig {
     /// As in [`VmConfig`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub any_kvm: bool,
+    /// Its audit log from now on: that of the VM that was saved is not written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub audit: Option<PathBuf>,
 }
 
 /// A VM that waits to be forked from another: it is what that one is, under another name.
@@ -134,6 +138,10 @@ pub struct ForkConfig {
     /// Programs will be started in it: it is not born before it has the memory that earlier such forks have needed, as far as is known.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub for_programs: bool,
+    /// Its audit log: it does not write to its source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub audit: Option<PathBuf>,
 }
 
 /// What the network cards that a fork has of its source are connected to. They have the source's addresses: nothing that they send is

@@ -117,7 +117,7 @@ fn server() -> &'static PathBuf {
         let machine = Arc::new(Machine(Mutex::new(VmState::Created)));
         let supervisor = Arc::clone(&machine);
         let control = Control::new(move |request| supervisor.obey(request), machine);
-        (path, spawn(listener, control).expect("the host has a thread"))
+        (path, spawn(listener, control, None).expect("the host has a thread"))
     };
     &SERVER.get_or_init(start).0
 }

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! main ─▶ directory, preflight, resources ─▶ supervisor ─▶ machine ─▶ kvm, vcpu, boot, cpu, memory, layout
-//!   └───▶ server ── control ──────────────────▲
+//!   └───▶ server, audit ── control ──────────────────▲
 //! ```
 //!
 //! Invariants: only [`supervisor`] changes a machine's state; the API never runs on a vCPU's or a device's thread; nothing
 //! here parses the guest kernel's structures.
 
+pub mod audit;
 pub mod boot;
 pub mod clock;
 pub mod control;

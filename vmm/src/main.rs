@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use civic_api::launch::{ForkConfig, Launch, LaunchRequest, RestoreConfig};
 use civic_api::{EndReason, ErrorBody, ErrorCode, VmConfig};
 use civic_confine::Kind;
+use civic_vmm::audit::Audit;
 use civic_vmm::control::{Command, Control};
 use civic_vmm::directory::Directory;
 use civic_vmm::fork::birth::Conceived;
@@ -113,6 +114,7 @@ struct Vm {
     directory: Directory,
     server: server::ServerHandle,
     supervisor: Supervisor,
+    audit: Option<Arc<Audit>>,
     /// The starter has heard that it is ready.
     said: bool,
 }
@@ -135,7 +137,7 @@ fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
     let directory = Directory::take(dir)?;
     match build(config, saved, &directory, signals) {
-        Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor, said: false }),
+        Ok((server, supervisor, audit)) => Ok(Vm { directory, server, supervisor, audit, said: false }),
         Err(body) => {
             // The starter shows why; what it keeps is its own log.
             if let Err(e) = directory.remove(false) {
@@ -146,13 +148,17 @@ fn prepare(args: &RunArgs) -> Result<Vm, ErrorBody> {
     }
 }
 
+/// What answers, what it is of, and where that is written down.
+type Served = (server::ServerHandle, Supervisor, Option<Arc<Audit>>);
+
 fn build(
     config: VmConfig,
     saved: Option<SavedVm>,
     directory: &Directory,
     signals: SigSet,
-) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
+) -> Result<Served, ErrorBody> {
     preflight::check(&config)?;
+    let audit = audit(&config)?;
     let resources = Resources::open(&config, directory.path())?;
     let listener = directory.bind()?;
     let supervisor = match saved {
@@ -162,12 +168,21 @@ fn build(
     if let Err(e) = supervisor.listen(directory.path()) {
         warn!("this VM cannot be forked: {e}");
     }
-    let server = serve(listener, &supervisor, signals)?;
-    Ok((server, supervisor))
+    let server = serve(listener, &supervisor, audit.clone(), signals)?;
+    Ok((server, supervisor, audit))
 }
 
-fn serve(listener: UnixListener, supervisor: &Supervisor, signals: SigSet) -> Result<server::ServerHandle, ErrorBody> {
-    let server = server::spawn(listener, supervisor.control()).map_err(thread_refused)?;
+fn audit(config: &VmConfig) -> Result<Option<Arc<Audit>>, ErrorBody> {
+    config.audit.as_ref().map(|path| Audit::open(path, &config.name).map(Arc::new)).transpose()
+}
+
+fn serve(
+    listener: UnixListener,
+    supervisor: &Supervisor,
+    audit: Option<Arc<Audit>>,
+    signals: SigSet,
+) -> Result<server::ServerHandle, ErrorBody> {
+    let server = server::spawn(listener, supervisor.control(), audit).map_err(thread_refused)?;
     let control = supervisor.control();
     std::thread::Builder::new()
         .name("signals".into())
@@ -187,7 +202,7 @@ fn prepare_fork(args: &RunArgs, request: &ForkConfig) -> Result<Vm, ErrorBody> {
     raise_descriptor_limit();
     let directory = Directory::take(dir)?;
     match fork(request, &directory, args.introduced) {
-        Ok((server, supervisor)) => Ok(Vm { directory, server, supervisor, said: true }),
+        Ok((server, supervisor, audit)) => Ok(Vm { directory, server, supervisor, audit, said: true }),
         Err(body) => {
             if let Err(e) = directory.remove(false) {
                 warn!("cannot remove the VM's directory: {e}");
@@ -197,11 +212,7 @@ fn prepare_fork(args: &RunArgs, request: &ForkConfig) -> Result<Vm, ErrorBody> {
     }
 }
 
-fn fork(
-    request: &ForkConfig,
-    directory: &Directory,
-    introduced: bool,
-) -> Result<(server::ServerHandle, Supervisor), ErrorBody> {
+fn fork(request: &ForkConfig, directory: &Directory, introduced: bool) -> Result<Served, ErrorBody> {
     let signals = block_signals().map_err(|e| ErrorBody::internal(format!("cannot block signals: {e}")))?;
     let control = Arc::new(OnceLock::<Control>::new());
     let (to_be, dir) = (Arc::clone(&control), directory.path().to_owned());
@@ -223,7 +234,9 @@ fn fork(
     };
     std::thread::Builder::new().name("signals".into()).spawn(obey).map_err(thread_refused)?;
     let mut conceived = Conceived::new(request, directory.path(), introduced)?;
+    conceived.config.audit.clone_from(&request.audit);
     preflight::check(&conceived.config)?;
+    let audit = audit(&conceived.config)?;
     let (resources, mirrors) = conceived.resources(directory.path(), request.source_net)?;
     let listener = directory.bind()?;
     let embryo = Embryo::new(&conceived.config, &resources, &conceived.source);
@@ -232,7 +245,7 @@ fn fork(
     }
     let unborn = conceived.wait(resources, mirrors, embryo.report())?;
     let ours = embryo.control(unborn.quitter()?);
-    let server = server::spawn(listener, ours.clone()).map_err(thread_refused)?;
+    let server = server::spawn(listener, ours.clone(), audit.clone()).map_err(thread_refused)?;
     let _ = control.set(ours);
     say(&Launch::ready(process::id()));
     let (supervisor, link) = match unborn.birth() {
@@ -244,7 +257,7 @@ fn fork(
         }
     };
     link.started(supervisor.entered());
-    Ok((server, supervisor))
+    Ok((server, supervisor, audit))
 }
 
 impl Vm {
@@ -254,6 +267,9 @@ impl Vm {
         }
         let reason = self.supervisor.run();
         self.server.stop();
+        if let Some(audit) = self.audit {
+            audit.ended(&reason);
+        }
         let failed = matches!(reason, EndReason::Failed { .. });
         if let Err(e) = self.directory.remove(failed) {
             warn!("cannot remove the VM's directory: {e}");
@@ -275,8 +291,9 @@ fn moved(saved: &SavedVm, request: RestoreConfig) -> Result<VmConfig, ErrorBody>
         allow_changed_disks,
         overcommit,
         any_kvm,
+        audit,
     } = request;
-    let mut config = VmConfig { name, overcommit, any_kvm, ..saved.config.clone() };
+    let mut config = VmConfig { name, overcommit, any_kvm, audit, ..saved.config.clone() };
     let unknown = |what: &str, id: &str| {
         let message = format!("the saved VM has no {what} '{id}'");
         ErrorBody::new(ErrorCode::InvalidConfig, message).with_hint("only what it has can be elsewhere now")

@@ -14,7 +14,8 @@
 //! * nothing a client sends panics. A bug that does ends its connection only;
 //! * every answer that is not a success has an `ErrorBody`, save what is not even HTTP: that gets hyper's bare 400 or 431.
 //!
-//! Whoever can connect may do everything: the socket's directory must be closed to other users.
+//! Whoever can connect may do everything: the socket's directory must be closed to other users. Where there is an audit log, what is not
+//! written there is not done.
 
 use std::io;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
+use crate::audit::{Audit, Peer};
 use crate::control::Control;
 
 pub use civic_api::routes::MAX_BODY_BYTES;
@@ -108,8 +110,12 @@ impl Drop for ServerHandle {
 }
 
 /// Serves `control` on `listener` from now on. Fails when the host refuses a thread or a runtime.
-pub fn spawn(listener: std::os::unix::net::UnixListener, control: Control) -> io::Result<ServerHandle> {
-    spawn_with(listener, control, Limits::default())
+pub fn spawn(
+    listener: std::os::unix::net::UnixListener,
+    control: Control,
+    audit: Option<Arc<Audit>>,
+) -> io::Result<ServerHandle> {
+    spawn_with(listener, control, Limits::default(), audit)
 }
 
 /// What tests shorten.
@@ -140,6 +146,7 @@ fn spawn_with(
     listener: std::os::unix::net::UnixListener,
     control: Control,
     limits: Limits,
+    audit: Option<Arc<Audit>>,
 ) -> io::Result<ServerHandle> {
     listener.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
@@ -148,7 +155,7 @@ fn spawn_with(
         UnixListener::from_std(listener)?
     };
     let (stop, stopped) = watch::channel(false);
-    let router = routes::router(control, limits);
+    let router = routes::router(control, limits, audit);
     let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
         civic_confine::thread(Kind::Api);
         runtime.block_on(accept(listener, router, limits, stopped));
@@ -192,7 +199,13 @@ async fn accept(listener: UnixListener, router: Router, limits: Limits, mut stop
 /// Serves one connection to its end.
 async fn serve(stream: UnixStream, router: Router, limits: Limits, mut stopped: watch::Receiver<bool>) {
     let patience = Patience::default();
-    let router = router.layer(axum::Extension(patience.clone()));
+    // One whose name nobody knows is told of as such.
+    let peer = stream.peer_cred().ok().map(|peer| Peer {
+        uid: peer.uid(),
+        gid: peer.gid(),
+        pid: peer.pid().filter(|pid| *pid != 0),
+    });
+    let router = router.layer(axum::Extension(patience.clone())).layer(axum::Extension(peer));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head)

@@ -142,6 +142,7 @@ impl View for Shared {
             cpus: config.cpus,
             memory_bytes: config.memory_bytes,
             kernel: config.kernel.clone(),
+            audit: config.audit.clone(),
             boots: status.boots,
             started_at_ms: status.started.map(since_epoch),
             run_ms: (status.run + running).as_millis() as u64,

@@ -104,6 +104,7 @@ impl Setup {
             overcommit: false,
             any_kvm: true,
             allow_programs: false,
+            audit: None,
         };
         let run_dir = root.path().join("run");
         Self { root, config, user: None, run_dir, jailed: jail_all(), beside: None, source: None }
@@ -751,6 +752,7 @@ impl Vm {
             devices: devices.to_vec(),
             // Nobody starts any, but what is done for them is done.
             for_programs: !devices.is_empty(),
+            audit: setup.config.audit.clone(),
         };
         let request = serde_json::to_string(&request).expect("a request is JSON");
         let spawned = setup.spawn(&setup.write_config(&request));
@@ -777,7 +779,12 @@ impl Vm {
 
     fn child_setup(&self, name: &str) -> Setup {
         let root = tempfile::Builder::new().prefix("civic-bare.").tempdir().expect("a directory for the test");
-        let config = VmConfig { name: name.into(), ..self.setup.config.clone() };
+        let mut config = VmConfig { name: name.into(), ..self.setup.config.clone() };
+        if let Some(audit) = &mut config.audit {
+            *audit = audit.with_extension(name);
+            // As `civic fork` does.
+            fs::write(audit, "").expect("a log can be made");
+        }
         Setup {
             root,
             config,

@@ -1,5 +1,6 @@
 //! Bare-metal guests under the real monitor, on this host's `/dev/kvm`. See `civic_tests::bare`.
 
+mod audited;
 mod balloon;
 mod console;
 mod counts;

@@ -8,6 +8,7 @@
 //!
 //! The source starts nothing: its children's monitors and its page server are started here.
 
+use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -145,6 +146,39 @@ impl Birth {
             source_net: args.source_net.into(),
             devices,
             for_programs: self.for_programs || args.store.is_some(),
+            audit: {
+                let asked = args.audit.as_deref().map(|path| absolute(path, "--audit")).transpose()?;
+                own_log(asked, info.audit.clone(), &self.names, index)
+            },
         }))
+    }
+}
+
+/// A fork's audit log: what it writes there is its own word and no more, so that none writes to another's, nor to its source's.
+fn own_log(asked: Option<PathBuf>, sources: Option<PathBuf>, names: &[String], index: usize) -> Option<PathBuf> {
+    if names.len() == 1 && asked.is_some() {
+        return asked;
+    }
+    let mut path = asked.or(sources)?.into_os_string();
+    path.push(".");
+    path.push(&names[index]);
+    Some(path.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_fork_has_a_log_of_its_own() {
+        let names = |count: usize| (1..=count).map(|n| format!("web-{n}")).collect::<Vec<_>>();
+        let log = |asked: Option<&str>, sources: Option<&str>, count, index| {
+            own_log(asked.map(Into::into), sources.map(Into::into), &names(count), index)
+                .map(|log| log.display().to_string())
+        };
+        assert_eq!(log(None, None, 1, 0), None);
+        assert_eq!(log(None, Some("/a/web.audit"), 1, 0).unwrap(), "/a/web.audit.web-1");
+        assert_eq!(log(Some("/b"), Some("/a"), 1, 0).unwrap(), "/b");
+        assert_eq!(log(Some("/b"), Some("/a"), 2, 1).unwrap(), "/b.web-2");
     }
 }

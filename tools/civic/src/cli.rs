@@ -694,6 +694,9 @@ pub struct ChildArgs {
     /// that go with it.
     #[arg(long, value_name = "SPEC")]
     pub store: Option<StoreSpec>,
+    /// Where the child's audit log is; if not given, and its source has one, beside that. Of several children each has one with its name behind it.
+    #[arg(long, value_name = "FILE")]
+    pub audit: Option<PathBuf>,
     /// Run the children's monitors, and the page server, in jails, as 'civic run --jail' does. A jailed VM's forks are jailed anyway.
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub jail: Option<JailSpec>,
@@ -813,6 +816,15 @@ pub struct RunArgs {
     /// Let programs be started in this VM itself by 'civic exec', and not only in its forks: to bring to it what was tried in a fork.
     #[arg(long)]
     pub allow_programs: bool,
+    /// Write down there, a line of JSON each, who asks this VM for what, and what comes of it; a fork of it writes to FILE.NAME. What cannot be written
+    /// down is not done.
+    #[arg(long, value_name = "FILE")]
+    pub audit: Option<PathBuf>,
+}
+
+/// A path that may be given.
+fn elsewhere(path: &Option<PathBuf>, flag: &str) -> anyhow::Result<Option<PathBuf>> {
+    path.as_deref().map(|path| absolute(path, flag)).transpose()
 }
 
 impl RunArgs {
@@ -845,7 +857,7 @@ impl RunArgs {
         let config = VmConfig {
             name: self.name.clone(),
             kernel: absolute(kernel, "--kernel")?,
-            initrd: self.initrd.as_ref().map(|initrd| absolute(initrd, "--initrd")).transpose()?,
+            initrd: elsewhere(&self.initrd, "--initrd")?,
             cmdline: self.cmdline.clone(),
             memory_bytes: self.memory.unwrap_or(DEFAULT_MEMORY).0,
             cpus: self.cpus.unwrap_or(1),
@@ -858,6 +870,7 @@ impl RunArgs {
             overcommit: self.overcommit,
             any_kvm: self.any_kvm,
             allow_programs: self.allow_programs,
+            audit: elsewhere(&self.audit, "--audit")?,
         };
         config.validate().map_err(|error| {
             let flag = error.field().flag();
@@ -884,8 +897,6 @@ impl RunArgs {
         let wrong = |flag: &str, error: String| {
             advice::error(format!("{flag}: {error}"), format!("change {flag}; 'civic run --help' says what it takes"))
         };
-        // The guest's next reset boots them.
-        let elsewhere = |path: &Option<PathBuf>, flag| path.as_deref().map(|path| absolute(path, flag)).transpose();
         let disk = |spec: &DiskSpec| {
             let disk = spec.moved().map_err(|error| wrong("--disk", error))?;
             anyhow::Ok(MovedDisk { path: absolute(&disk.path, "--disk")?, ..disk })
@@ -909,6 +920,7 @@ impl RunArgs {
             allow_changed_disks: self.allow_changed_disks,
             overcommit: self.overcommit,
             any_kvm: self.any_kvm,
+            audit: elsewhere(&self.audit, "--audit")?,
         })
     }
 }

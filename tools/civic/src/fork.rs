@@ -188,6 +188,7 @@ mod tests {
             cpus: 1,
             memory_bytes: 0,
             kernel: "k".into(),
+            audit: None,
             boots: 1,
             started_at_ms: None,
             run_ms: 0,

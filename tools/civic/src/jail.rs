@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
@@ -93,6 +93,7 @@ impl Needs {
                 config.disks.iter().for_each(|disk| needs.disk(disk));
                 needs.taps = !config.nets.is_empty();
                 config.vsock.iter().try_for_each(vsock)?;
+                needs.audit(config.audit.as_deref())?;
                 // What its forks need of its disks, and overlays.
                 needs.scratch.clear();
                 needs.scratch.insert(config.forks.dir.clone().unwrap_or_else(|| OVERLAYS.into()));
@@ -104,6 +105,7 @@ impl Needs {
                 needs.taps = !config.nets.is_empty();
                 needs.scratch.insert(OVERLAYS.into());
                 config.vsock.iter().try_for_each(|uds| spec.check_socket(uds, dir))?;
+                needs.audit(config.audit.as_deref())?;
             }
             LaunchRequest::Fork(config) => {
                 for device in &config.devices {
@@ -115,9 +117,23 @@ impl Needs {
                 }
                 needs.scratch.clear();
                 needs.scratch.insert(config.overlay_dir.clone().unwrap_or_else(|| OVERLAYS.into()));
+                needs.audit(config.audit.as_deref())?;
             }
         }
         Ok(needs)
+    }
+
+    /// What is shown inside must be there: an audit log that is not is made.
+    fn audit(&mut self, path: Option<&Path>) -> anyhow::Result<()> {
+        let Some(path) = path else { return Ok(()) };
+        let mut options = std::fs::File::options();
+        let made = options.append(true).create(true).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW).open(path);
+        made.map_err(|error| {
+            let message = format!("--audit: cannot write {}: {error}", path.display());
+            advice::error(message, "name a file in a folder that is there; a link is not followed")
+        })?;
+        self.write.insert(path.to_owned());
+        Ok(())
     }
 }
 
@@ -241,6 +257,17 @@ mod tests {
     }
 
     #[test]
+    fn an_audit_log_is_made_and_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = |path: PathBuf| LaunchRequest::Boot(VmConfig { audit: Some(path), ..boot() });
+        let path = dir.path().join("web.audit");
+        let said = monitor(&JailSpec::default(), &log(path.clone())).unwrap();
+        assert!(path.is_file() && said.contains(&format!("--write {}", path.display())), "{said}");
+        let told = monitor(&JailSpec::default(), &log(dir.path().join("no/such"))).unwrap_err();
+        assert!(advice::told(&told).contains("a folder that is there"), "{told:#}");
+    }
+
+    #[test]
     fn a_child_opens_nothing_of_its_sources() {
         let request = LaunchRequest::Fork(ForkConfig {
             name: "web-1".into(),
@@ -249,6 +276,7 @@ mod tests {
             source_net: SourceNet::default(),
             devices: vec![NewDevice::Disk(DiskConfig::new("own", "/own.img"))],
             for_programs: false,
+            audit: None,
         });
         let said = monitor(&JailSpec::default(), &request).unwrap();
         let wanted = "--write /own.img --scratch /scratch --device /dev/kvm --device /dev/userfaultfd --device /dev/null --net none \

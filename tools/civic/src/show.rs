@@ -255,6 +255,7 @@ mod tests {
             cpus: 2,
             memory_bytes: 3 << 29,
             kernel: "/boot/vmlinuz".into(),
+            audit: None,
             boots: 1,
             started_at_ms: Some(0),
             run_ms: 200_000,

@@ -31,6 +31,7 @@ use utoipa_axum::routes;
 
 use super::metrics::{self, Requests};
 use super::{Limits, Patience, devices, programs};
+use crate::audit::{Audit, Peer};
 use crate::control::{Answer, Command, Control, no_balloon};
 
 /// The document's frame; the paths come from the routes. Beside what they use, it has the types of `civic run`'s
@@ -52,6 +53,7 @@ pub(super) struct Api {
     pub(super) control: Control,
     limits: Limits,
     requests: Requests,
+    audit: Option<Arc<Audit>>,
 }
 
 /// An [`ErrorBody`] as a response.
@@ -94,8 +96,8 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     documented().split_for_parts().1
 }
 
-pub(super) fn router(control: Control, limits: Limits) -> Router {
-    let api = Api { control, limits, requests: Requests::default() };
+pub(super) fn router(control: Control, limits: Limits, audit: Option<Arc<Audit>>) -> Router {
+    let api = Api { control, limits, requests: Requests::default(), audit };
     let (router, _) = documented().split_for_parts();
     router
         .fallback(async || {
@@ -106,6 +108,7 @@ pub(super) fn router(control: Control, limits: Limits) -> Router {
             Failure(error.with_hint("see GET /v1/openapi.json"))
         })
         // The last layer is the outermost.
+        .layer(middleware::from_fn_with_state(api.clone(), write_down))
         .layer(middleware::from_fn_with_state(api.clone(), check_body))
         .layer(middleware::from_fn_with_state(api.clone(), count))
         .with_state(api)
@@ -149,6 +152,35 @@ async fn check_body(State(api): State<Api>, request: Request, next: Next) -> Res
             .map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, format!("the body: {error}")))?;
     }
     Ok(next.run(Request::from_parts(parts, Body::empty())).await)
+}
+
+/// Has what is asked be in the audit log before it is done, and what came of it after. A plain GET changes nothing.
+async fn write_down(
+    State(api): State<Api>,
+    Extension(peer): Extension<Option<Peer>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Failure> {
+    let plain = request.method() == Method::GET && !request.headers().contains_key(UPGRADE);
+    let Some(audit) = api.audit.filter(|_| !plain) else {
+        return Ok(next.run(request).await);
+    };
+    let (parts, body) = request.into_parts();
+    // It was read before, within its limits.
+    let body = axum::body::to_bytes(body, MAX_BODY_BYTES).await.unwrap_or_default();
+    let path = parts.uri.path_and_query().map_or("", |path| path.as_str());
+    let id = audit.asked(peer, parts.method.as_str(), path, &body)?;
+    let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+    let status = response.status();
+    if status.is_success() || status.is_informational() {
+        audit.answered(id, status.as_u16(), None);
+        return Ok(response);
+    }
+    let (parts, body) = response.into_parts();
+    let body = axum::body::to_bytes(body, MAX_BODY_BYTES).await.unwrap_or_default();
+    let error = serde_json::from_slice::<ErrorBody>(&body).ok();
+    audit.answered(id, status.as_u16(), error.as_ref().map(|error| error.message.as_str()));
+    Ok(Response::from_parts(parts, Body::from(body)))
 }
 
 /// The VM as it is now.

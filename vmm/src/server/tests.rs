@@ -89,6 +89,7 @@ impl View for Fake {
             cpus: 2,
             memory_bytes: 1 << 30,
             kernel: PathBuf::from("/boot/vmlinuz"),
+            audit: None,
             boots: 3,
             started_at_ms: None,
             run_ms: 1500,
@@ -183,7 +184,7 @@ fn setup(limits: Limits) -> Setup {
     let supervisor = fake.clone();
     let control = Control::new(move |request| supervisor.command(request), fake.clone());
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let server = Some(spawn_with(listener, control, limits).unwrap());
+    let server = Some(spawn_with(listener, control, limits, None).unwrap());
     Setup { fake, socket, server, _dir: dir }
 }
 
