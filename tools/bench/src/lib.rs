@@ -10,6 +10,7 @@
 //!
 //! Invariants: a record's format is in one place, [`record::Record`]; no time measured in the testbed is shown without a mark.
 
+pub mod curve;
 pub mod facts;
 pub mod figures;
 pub mod page;

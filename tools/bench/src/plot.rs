@@ -100,7 +100,7 @@ pub fn svg(title: &str, axis: &str, lines: &[Line], one: bool) -> Option<String>
 }
 
 /// Text within an element.
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         // Writing to a string cannot fail.
