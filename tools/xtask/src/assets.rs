@@ -8,6 +8,8 @@
 //!  assets/FLAVOUR/initrd.img     Debian's own initrd, for debian.img
 //!  assets/debian.img             a Debian root file system (raw ext4)
 //!  assets/tools.img              a store of tools, for `civic inspect`
+//!  assets/agents.img             the store of docs/examples/agents
+//!  assets/services.img           services and tools of the other examples
 //! ```
 
 use std::fs;

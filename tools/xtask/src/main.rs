@@ -82,7 +82,7 @@ enum Cmd {
         #[arg(long, conflicts_with_all = ["all", "minimal", "flavours"])]
         list: bool,
     },
-    /// Build the Debian image and the store of tools.
+    /// Build the Debian image and the stores.
     Images,
     /// Print the folder with kernels and images.
     Assets,
@@ -121,7 +121,8 @@ fn run() -> Result<ExitCode> {
         }
         Cmd::Images => {
             debian::build(&assets::kernels()?)?;
-            store::build().map(|_| true)?
+            store::build()?;
+            store::examples().map(|()| true)?
         }
         Cmd::Assets => {
             println!("{}", assets::dir()?.display());

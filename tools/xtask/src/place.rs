@@ -162,12 +162,15 @@ fn pack(folder: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The kernels, the initrds and the store as one image, since folders shared with the testbed are slow.
+/// The kernels, the initrds and the stores as one image, since folders shared with the testbed are slow.
 fn packed_assets() -> Result<PathBuf> {
     let image = cache::dir()?.join("assets.img");
-    let store = store::build()?;
-    let about = fs::metadata(&store)?;
-    let mut files = vec![(store::NAME.to_owned(), store, about.len(), about.modified()?)];
+    let mut files = Vec::new();
+    store::build()?;
+    for (name, store) in store::present()? {
+        let about = fs::metadata(&store)?;
+        files.push((name.to_owned(), store, about.len(), about.modified()?));
+    }
     for flavour in assets::flavours()? {
         // Of the others no guest is started from the larger file.
         let more: &[&str] = if FLAVOURS.contains(&flavour.as_str()) { &["vmlinux", "initrd.img"] } else { &[] };

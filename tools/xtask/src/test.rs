@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 
 use crate::place::{Job, Place};
-use crate::{assets, fuzz, setup};
+use crate::{assets, fuzz, setup, store};
 
 /// Seconds an integration test target may take; the testbed is slow.
 const TIMEOUT: u64 = 3600;
@@ -80,6 +80,7 @@ pub fn run(args: &Args) -> Result<bool> {
     setup::all()?;
     if args.long && args.wants(Part::Guests) {
         assets::every_kernel()?;
+        store::examples()?;
     }
     let mut outcomes = Vec::new();
     let mut step = |name: &str, work: &mut dyn FnMut() -> Result<bool>| {
