@@ -4,6 +4,8 @@
 //! Run by `cargo xtask test`, on hardware KVM or in the testbed. The whole matrix of Debian guests takes long on an emulated host:
 //! by default each kernel runs Debian once, with the images and vCPU counts spread over them; `--ignored` adds the rest.
 
+#[path = "guests/examples.rs"]
+mod examples;
 #[path = "guests/forked.rs"]
 mod forked;
 #[path = "guests/injected.rs"]
@@ -133,6 +135,11 @@ fn main() {
     trials.push(trial("inspected::stored".into(), move || stored::debian(&debian)));
     let often = || inspected::often(&tiny("256M", 2, &[]), 500);
     trials.push(trial("inspected::often".into(), often).with_ignored_flag(true));
+    // They measure, and take too long beside everything else where the testbed's host is busy.
+    trials.push(trial("examples::all".into(), examples::all).with_ignored_flag(true));
+    for (name, example) in examples::ALL {
+        trials.push(trial(format!("examples::{name}"), move || examples::one(example)).with_ignored_flag(true));
+    }
     let hundred = || saved_tiny(Spec { image: Image::BzImage, ..tiny("256M", 4, &[]) }, 100);
     trials.push(trial("saved::a_hundred_times::tiny".into(), hundred).with_ignored_flag(true));
     for kernel in KERNELS {
