@@ -27,6 +27,7 @@ fn config() -> VmConfig {
         overcommit: false,
         any_kvm: false,
         allow_programs: false,
+        audit: None,
     }
 }
 

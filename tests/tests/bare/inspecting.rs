@@ -392,3 +392,22 @@ fn nobody_elses_directory_is_touched() {
     assert!(said.contains("bare-inspect-2:"), "{said}");
     assert!(mine.join("lock").exists() && !source.run_dir().join("bare-inspect-2").exists());
 }
+
+/// The nineteenth field of proc_pid_stat(5).
+fn niceness(pid: u32) -> String {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit(')').next().unwrap().split_whitespace().nth(16).unwrap().to_owned()
+}
+
+#[test]
+fn a_command_that_can_wait_starts_no_page_server_for_which_the_source_waits() {
+    let source = Source::new();
+    let mut command = Command::new("nice");
+    command.args(["-n", "15"]).arg(binary("civic")).arg("--run-dir").arg(source.run_dir());
+    let out = command.args(["fork", "bare", "--name", "nice"]).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let server = source.page_server().unwrap();
+    assert_eq!((niceness(server), niceness(source.vm.pid())), ("0".into(), "0".into()));
+    let fork = source.monitor("nice").as_raw() as u32;
+    assert_eq!(niceness(fork), "15", "the fork takes more of the processor than was said");
+}

@@ -166,6 +166,7 @@ pub fn start_page_server(dir: &RunDir, name: &str, jail: Option<&JailSpec>) -> a
     let log = log.with_context(|| format!("cannot append to {}", dir.log(name).display()))?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     in_own_session(&mut command, Until::Told);
+    as_urgent_as_usual(&mut command);
     command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
 
@@ -276,6 +277,32 @@ fn in_own_session(command: &mut Command, until: Until) {
     };
     // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed: setsid(2), prctl(2) and
     // getppid(2) are, and turning their errors into an io::Error allocates nothing.
+    unsafe { command.pre_exec(set_up) };
+}
+
+/// However little of the processor we are to have (nice(1), chrt(1)): the source's first writes after a fork wait for the page server. Who may not
+/// raise a process's priority again has to have it as it is.
+#[allow(unsafe_code)]
+fn as_urgent_as_usual(command: &mut Command) {
+    use nix::libc::{PRIO_PROCESS, SCHED_BATCH, SCHED_IDLE, SCHED_OTHER, sched_param};
+    use nix::libc::{getpriority, sched_getscheduler, sched_setscheduler, setpriority};
+
+    let set_up = || {
+        // SAFETY: takes a number, for this process.
+        let policy = unsafe { sched_getscheduler(0) };
+        if matches!(policy, SCHED_BATCH | SCHED_IDLE) {
+            // SAFETY: takes numbers, and a parameter that lives as long as the call.
+            unsafe { sched_setscheduler(0, SCHED_OTHER, &sched_param { sched_priority: 0 }) };
+        }
+        // SAFETY: takes numbers, for this process.
+        let niceness = unsafe { getpriority(PRIO_PROCESS, 0) };
+        if niceness > 0 {
+            // SAFETY: as above.
+            unsafe { setpriority(PRIO_PROCESS, 0, 0) };
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the child between fork and exec: it makes system calls and nothing else.
     unsafe { command.pre_exec(set_up) };
 }
 
