@@ -36,7 +36,7 @@ pub fn packages() -> Result<()> {
 }
 
 /// GiB that all builds and tests take on a disk: in a workspace where nothing is built yet, and over again.
-const ROOM_GIB: [u64; 2] = [16, 4];
+const ROOM_GIB: [u64; 2] = [12, 4];
 
 /// That there is room for what is built. A linker that finds none says nothing but "Bus error".
 pub fn room() -> Result<()> {
