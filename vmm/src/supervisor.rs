@@ -256,6 +256,8 @@ pub struct Supervisor {
     left_placed: Option<Box<Placed>>,
     /// What is needed to start programs in the guest, once that is known.
     plan: Option<Plan>,
+    /// Somebody is at it.
+    learning: bool,
     /// How often that was looked for since the guest started, for its forks.
     looked: u8,
     /// Devices on their way.
@@ -365,6 +367,7 @@ impl Supervisor {
             injecting: false,
             left_placed: None,
             plan: None,
+            learning: false,
             looked: 0,
             plugging: Plugging::default(),
             freezable: None,

@@ -62,6 +62,8 @@ pub struct Origin {
     pub store_bytes: Option<u64>,
     /// Has its vCPUs stand still while the given work is done, if there are any.
     pub still: Box<huge::Still>,
+    /// To be told when somebody waits to be forked from it.
+    pub expected: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Origin {
@@ -369,6 +371,7 @@ impl Family {
         if waiting.iter().filter(adopted).count() > 0 {
             // Before it is asked: that nobody waits any more may be told as soon as it has answered.
             self.inner().idle = false;
+            (serving.origin.expected)();
             if let Err(e) = serving.server.arm_ahead() {
                 cannot(&e);
             }

@@ -38,6 +38,7 @@ impl Supervisor {
         };
         let stopped = begun.elapsed();
         let Some(memory) = self.machine.as_ref().map(|machine| machine.memory().ram.clone()) else { return };
+        let (sender, boot, hinted) = (self.sender.clone(), self.boot, !files.is_empty());
         let look = move || {
             let memory = Seen(&memory);
             let contents = match Contents::read(&files) {
@@ -48,6 +49,9 @@ impl Supervisor {
             let took = begun.elapsed();
             info!(?stopped, ?took, found = found.is_ok(), "looked for the guest's kernel");
             let answer = found.map(|kernel| {
+                // Its forks need not look again. What was found by somebody's files is not what it says itself.
+                let plan = (!hinted).then(|| Plan::of(&kernel, &memory).ok()).flatten();
+                let _ = sender.send(Message::Operate(learnt(boot, plan)));
                 let (stopped_us, took_us) = (stopped.as_micros() as u64, took.as_micros() as u64);
                 // What cannot be read was not there for the rest either.
                 let checksums = kernel.checksums(&memory).ok().flatten();
@@ -61,10 +65,10 @@ impl Supervisor {
         }
     }
 
-    /// Has what is needed to start programs in the guest be found beside, so that the next forks know it from the start. Nobody waits for
-    /// it, and where it is not found, as in a guest that still boots, the forks look for themselves.
+    /// Has what is needed to start programs in the guest be found beside, when somebody waits to be forked from it, so that its forks know it
+    /// from the start. Nobody waits for it, and where it is not found, as in a guest that still boots, the forks look for themselves.
     pub(super) fn learn(&mut self) {
-        if self.plan.is_some() || self.looked >= MOST_LOOKS {
+        if self.plan.is_some() || self.learning || self.looked >= MOST_LOOKS {
             return;
         }
         self.looked += 1;
@@ -73,16 +77,16 @@ impl Supervisor {
         let look = move || {
             let memory = Seen(&memory);
             let found = Kernel::find(&memory, &registers).ok();
-            let Some(plan) = found.and_then(|kernel| Plan::of(&kernel, &memory).ok()) else { return };
+            let plan = found.and_then(|kernel| Plan::of(&kernel, &memory).ok());
             let tell: Operation = Box::new(move |supervisor| {
-                if supervisor.boot == boot {
-                    supervisor.plan = Some(plan);
-                }
+                supervisor.learning = false;
+                learnt(boot, plan)(supervisor);
             });
             let _ = sender.send(Message::Operate(tell));
         };
-        if let Err(e) = std::thread::Builder::new().name("examiner".into()).spawn(look) {
-            warn!("cannot start a thread to look at the guest: {e}");
+        match std::thread::Builder::new().name("examiner".into()).spawn(look) {
+            Ok(_) => self.learning = true,
+            Err(e) => warn!("cannot start a thread to look at the guest: {e}"),
         }
     }
 
@@ -100,6 +104,15 @@ impl Supervisor {
         let _held = runs.then(|| Machine::hold_vcpus(machine));
         machine.registers().map_err(|e| ErrorBody::from_error(ErrorCode::Internal, &e))
     }
+}
+
+/// Has what was found of the guest of this boot be known, if anything was.
+fn learnt(boot: u64, plan: Option<Plan>) -> Operation {
+    Box::new(move |supervisor| {
+        if supervisor.boot == boot {
+            supervisor.plan = plan.or(supervisor.plan);
+        }
+    })
 }
 
 /// What is in files that belong to a guest's kernel.

@@ -206,10 +206,14 @@ impl Supervisor {
             };
             let store_bytes = self.shared.config().forks.memory_bytes;
             let still = Box::new(self.still());
+            let sender = self.sender.clone();
+            let expected = Box::new(move || {
+                let _ = sender.send(Message::Operate(Box::new(Supervisor::learn)));
+            });
             let kernel = self.resources.kernel.file().try_clone().map_err(|e| e.to_string())?;
             let initrd = self.resources.initrd.as_ref().map(|initrd| initrd.try_clone()).transpose();
             let boot = BootFiles { kernel, initrd: initrd.map_err(|e| e.to_string())? };
-            Ok(Origin { ram, read_only, boot, keeper: memory.keeper(), store_bytes, still })
+            Ok(Origin { ram, read_only, boot, keeper: memory.keeper(), store_bytes, still, expected })
         })();
         match (origin, serde_json::to_string(&self.inherited())) {
             (Ok(origin), Ok(config)) => self.shared.family.set_origin(origin, config),

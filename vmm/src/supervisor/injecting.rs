@@ -152,6 +152,11 @@ impl Order {
             None => self.find()?,
         };
         stages.find_us = lap();
+        if Instant::now() >= self.deadline {
+            let error =
+                ErrorBody::new(ErrorCode::Timeout, "finding the guest's kernel took all the time that there was");
+            return Err(error.with_hint("try again, for it is known now; 'civic exec --wait' waits longer"));
+        }
         let argument = self.session.argument();
         let placed = self.child(move |child| child.place(&plan, LOADER, &[&argument]))?;
         let placed = placed.map_err(|e| unusable(&e))?;
