@@ -166,7 +166,7 @@ struct Frozen {
     server: u32,
     point: GenerationId,
     children: Vec<ChildId>,
-    disks: Vec<DiskGeneration>,
+    disks: Arc<[Option<DiskGeneration>]>,
 }
 
 #[derive(Default)]
@@ -584,12 +584,13 @@ impl Family {
     }
 
     /// A fork point, by its number and what `serving` calls it, which keeps it: `disks` stay frozen until that says that nobody needs them.
+    /// To be told of before its children live: that one has ended is heard on another thread, perhaps at once.
     pub fn freeze(
         &self,
         serving: &Serving,
         (generation, point): (GenerationId, GenerationId),
         children: Vec<ChildId>,
-        disks: Vec<DiskGeneration>,
+        disks: Arc<[Option<DiskGeneration>]>,
     ) {
         let frozen = Frozen { server: serving.number, point, children, disks };
         let unneeded = {
@@ -655,7 +656,7 @@ impl Family {
             let lost: Vec<_> = {
                 let inner = family.inner();
                 let servers: BTreeMap<_, _> = inner.server.iter().chain(&inner.former).map(|s| (s.number, s)).collect();
-                let lost = inner.frozen.values().filter(|frozen| frozen.disks.iter().any(|disk| disk.lost().is_some()));
+                let lost = inner.frozen.values().filter(|frozen| frozen.disks.iter().flatten().any(|disk| disk.lost().is_some()));
                 let server = |frozen: &Frozen| Some((Arc::clone(&servers.get(&frozen.server)?.server), frozen.point));
                 lost.filter_map(server).collect()
             };

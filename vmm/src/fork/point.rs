@@ -130,8 +130,11 @@ impl Fork {
         let numbered = family.next_number();
         let plan = plan.map(Box::new);
         let go = Go { generation: numbered, config, paused: request.paused, boots, run, plan };
+        let frozen: Arc<[_]> = frozen.into();
+        family.freeze(&serving, (numbered, generation), ids, Arc::clone(&frozen));
         let sent = hand_over(&children, &sections, &go, &disks, &frozen);
-        family.freeze(&serving, (numbered, generation), ids, frozen.into_iter().flatten().collect());
+        // They go with whoever needs them.
+        drop(frozen);
         if let Err(e) = sent {
             children.iter().for_each(|(id, ..)| lose(&family, &**server, *id));
             return Err(ErrorBody::new(ErrorCode::ForkFailed, format!("the state cannot be handed over: {e}")));
