@@ -149,7 +149,11 @@ impl Guest {
 
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         self.channel.set_write_timeout(Some(DEADLINE)).unwrap();
-        self.channel.write_all(bytes).unwrap();
+        match self.channel.write_all(bytes) {
+            // It has ended, and what it has said of that is still to be heard.
+            Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {}
+            sent => sent.unwrap(),
+        }
     }
 
     /// Waits until everything in it has ended by itself.
