@@ -656,7 +656,10 @@ impl Family {
             let lost: Vec<_> = {
                 let inner = family.inner();
                 let servers: BTreeMap<_, _> = inner.server.iter().chain(&inner.former).map(|s| (s.number, s)).collect();
-                let lost = inner.frozen.values().filter(|frozen| frozen.disks.iter().flatten().any(|disk| disk.lost().is_some()));
+                let lost = inner
+                    .frozen
+                    .values()
+                    .filter(|frozen| frozen.disks.iter().flatten().any(|disk| disk.lost().is_some()));
                 let server = |frozen: &Frozen| Some((Arc::clone(&servers.get(&frozen.server)?.server), frozen.point));
                 lost.filter_map(server).collect()
             };
