@@ -7,14 +7,15 @@ use civic_inject::wire::{Freeze, ToGuest};
 
 use crate::guest::{DEADLINE, Guest, Heard, Setting};
 
-/// A shell function that says the state of the guest's second process: the first child of its shell.
-const STATE: &str = "state() { sed -n 's/^State:.\\(.\\).*/\\1/p' /proc/2/status; }";
+/// Shell functions that say the state of the guest's second process, which is the first child of its shell, and wait for it to be another.
+/// Who is stopped does nothing more, but is seen to be only once it would have run.
+const STATE: &str = "state() { sed -n 's/^State:.\\(.\\).*/\\1/p' /proc/2/status; }; becomes() { until [ $(state) = $1 ]; do :; done; echo $1; }";
 
 #[test]
 fn all_processes_stop_and_go_on() {
     let mut guest = Guest::start("sleep 1000 &");
     let mut heard = Heard::default();
-    guest.launch(&["sh", "-c", &format!("{STATE}; state; until [ $(state) = S ]; do :; done; state")], |launch| {
+    guest.launch(&["sh", "-c", &format!("{STATE}; becomes T; becomes S")], |launch| {
         launch.freeze = Freeze::Stop;
     });
     guest.hear_until(&mut heard, |heard| heard.stdout == b"T\n");
@@ -26,9 +27,9 @@ fn all_processes_stop_and_go_on() {
 
 #[test]
 fn processes_go_on_at_the_end_if_wanted() {
-    let after = format!("{STATE}; while [ $(state) = T ]; do :; done; echo > went-on");
+    let after = format!("{STATE}; becomes S; echo > went-on");
     let mut guest = Guest::new(&Setting { before: "sleep 1000 &", after: &after, group: None });
-    let heard = guest.run(&["sh", "-c", &format!("{STATE}; state")], |launch| {
+    let heard = guest.run(&["sh", "-c", &format!("{STATE}; becomes T")], |launch| {
         (launch.freeze, launch.thaw_at_end) = (Freeze::Stop, true);
     });
     assert_eq!(heard.stdout(), "T\n");
@@ -91,7 +92,7 @@ fn control_groups_freeze_and_thaw() {
 fn without_control_groups_processes_are_stopped() {
     let Some(group) = Group::new(&format!("civic-loader-{}-stop", std::process::id())) else { return };
     let mut guest = Guest::new(&Setting { before: "sleep 1000 &", after: "", group: Some(&group.0) });
-    let heard = guest.run(&["sh", "-c", &format!("{STATE}; state")], |launch| launch.freeze = Freeze::Cgroup);
+    let heard = guest.run(&["sh", "-c", &format!("{STATE}; becomes T")], |launch| launch.freeze = Freeze::Cgroup);
     assert_eq!(heard.stdout(), "T\n");
     assert_eq!(heard.warnings.len(), 1, "{heard:?}");
 }
