@@ -149,14 +149,17 @@ impl Order {
         self.clear_up()?;
         let plan = match self.plan.take().filter(|plan| plan.fits(&Seen(&self.ram))) {
             Some(plan) => plan,
-            None => self.find()?,
+            None => {
+                let found = self.find()?;
+                if Instant::now() >= self.deadline {
+                    let message = "finding the guest's kernel took all the time that there was";
+                    let hint = "try again, for it is known now; 'civic exec --wait' waits longer";
+                    return Err(ErrorBody::new(ErrorCode::Timeout, message).with_hint(hint));
+                }
+                found
+            }
         };
         stages.find_us = lap();
-        if Instant::now() >= self.deadline {
-            let error =
-                ErrorBody::new(ErrorCode::Timeout, "finding the guest's kernel took all the time that there was");
-            return Err(error.with_hint("try again, for it is known now; 'civic exec --wait' waits longer"));
-        }
         let argument = self.session.argument();
         let placed = self.child(move |child| child.place(&plan, LOADER, &[&argument]))?;
         let placed = placed.map_err(|e| unusable(&e))?;
