@@ -1,5 +1,7 @@
 //! The command line: every option, once.
 
+#[cfg(test)]
+mod documented;
 mod inspect;
 
 use std::ffi::OsString;
@@ -410,6 +412,7 @@ Examples:
   civic console web
   echo 'systemctl restart nginx' | timeout 10 civic console web";
 
+// clap makes a line's end of "{n}": an escape sequence that changes nothing, and that it knows to leave out, keeps it from that.
 const FORK_HELP: &str = "\
 The VM stands still for some milliseconds and runs on. The child has the same memory, shared page by page until either
 writes, and the same disks as of that moment; what it writes vanishes with it. Its network cards are on wires that lead
@@ -417,7 +420,7 @@ nowhere unless --source-net says otherwise, its vsock connections are reset, its
 printed when it runs.
 
 With --count, the children are NAME-1, NAME-2 and so on, all from the same moment. What --disk, --net and --console
-say, each child has besides, plugged in before its guest runs; '{n}' in a path, tap or id is the child's number.
+say, each child has besides, plugged in before its guest runs; '{\u{1b}[0mn}' in a path, tap or id is the child's number.
 
 Examples:
   civic fork web --name web-1
@@ -426,7 +429,7 @@ Examples:
   civic fork web --name web-1 --overlay-dir /scratch
   civic fork web --name web-1 --store tools.img
   civic fork web --name probe --count 2 --store tools.img,overlay
-  civic fork web --name probe --count 2 --disk path=results-{n}.img,id=results --net tap=probe{n}";
+  civic fork web --name probe --count 2 --disk path=results-{\u{1b}[0mn}.img,id=results --net tap=probe{\u{1b}[0mn}";
 
 const INSPECT_HELP: &str = "\
 The VM stands still for some milliseconds and runs on. A fork of it gets the store and the cards, the program is started
@@ -448,7 +451,7 @@ Examples:
   civic inspect web -- /bin/ps aux
   civic inspect web --store tools.img -- strace -c -p 812
   civic inspect web --freeze --store tools.img --every 10s --rounds 6 --json -- collect
-  civic inspect web --store tools.img,overlay --count 4 -- sh -c 'tune {n}'
+  civic inspect web --store tools.img,overlay --count 4 -- sh -c 'tune {\u{1b}[0mn}'
   civic inspect web --source-net mirror --net tap=tap1,id=own --ip own=10.0.0.2/24 -- ss -tn
   civic inspect web --keep --tty -- /bin/sh";
 

@@ -28,9 +28,13 @@ pub struct InspectArgs {
     /// With --every: how often.
     #[arg(long, value_name = "N")]
     pub rounds: Option<u64>,
-    /// In so many children of one moment at the same time. '{n}' in the program's arguments, in paths, taps and ids is a child's number,
-    /// 1 to N.
-    #[arg(long, value_name = "N")]
+    // As in FORK_HELP.
+    #[arg(
+        long,
+        value_name = "N",
+        help = "In so many children of one moment at the same time. '{\u{1b}[0mn}' in the program's arguments, in paths, taps and ids is a \
+                child's number, 1 to N"
+    )]
     pub count: Option<usize>,
     /// Print a line of JSON for each child of each round: how the program ended, what it wrote, what took how long.
     #[arg(long)]
