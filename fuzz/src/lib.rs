@@ -9,6 +9,7 @@
 
 pub mod api;
 pub mod archive;
+pub mod family;
 pub mod guest;
 pub mod host;
 pub mod image;
@@ -34,8 +35,8 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 12] =
-    [API, ARCHIVE, CONFIG, GUEST, IMAGE, KERNEL, PCI, PORTS, PROGRAM, QCOW2, STATE, VIRTIO];
+pub const TARGETS: [Target; 13] =
+    [API, ARCHIVE, CONFIG, FAMILY, GUEST, IMAGE, KERNEL, PCI, PORTS, PROGRAM, QCOW2, STATE, VIRTIO];
 
 /// [`api`]: requests.
 pub const API: Target = Target { name: "api", run: api::run, seeds: api::seeds };
@@ -43,6 +44,8 @@ pub const API: Target = Target { name: "api", run: api::run, seeds: api::seeds }
 pub const ARCHIVE: Target = Target { name: "archive", run: archive::run, seeds: archive::seeds };
 /// [`api`]: configurations.
 pub const CONFIG: Target = Target { name: "config", run: api::run_config, seeds: api::seeds_config };
+/// [`family`].
+pub const FAMILY: Target = Target { name: "family", run: family::run, seeds: family::seeds };
 /// [`guest`].
 pub const GUEST: Target = Target { name: "guest", run: guest::run, seeds: guest::seeds };
 /// [`image`].
