@@ -149,15 +149,7 @@ impl Order {
         self.clear_up()?;
         let plan = match self.plan.take().filter(|plan| plan.fits(&Seen(&self.ram))) {
             Some(plan) => plan,
-            None => {
-                let found = self.find()?;
-                if Instant::now() >= self.deadline {
-                    let message = "finding the guest's kernel took all the time that there was";
-                    let hint = "try again, for it is known now; 'civic exec --wait' waits longer";
-                    return Err(ErrorBody::new(ErrorCode::Timeout, message).with_hint(hint));
-                }
-                found
-            }
+            None => self.find()?,
         };
         stages.find_us = lap();
         let argument = self.session.argument();
@@ -213,10 +205,15 @@ impl Order {
         Ok(())
     }
 
-    /// Finds what is needed of the guest's kernel, and has it remembered.
+    /// Finds what is needed of the guest's kernel, and has it remembered, even if there is no time left then to use it.
     fn find(&self) -> Result<Plan, ErrorBody> {
         let plan = Plan::of(&self.kernel()?, &Seen(&self.ram)).map_err(|e| unusable(&e))?;
         self.operate(move |supervisor| supervisor.plan = Some(plan))?;
+        if Instant::now() >= self.deadline {
+            let message = "finding the guest's kernel took all the time that there was";
+            let hint = "try again, for it is known now; 'civic exec --wait' waits longer";
+            return Err(ErrorBody::new(ErrorCode::Timeout, message).with_hint(hint));
+        }
         Ok(plan)
     }
 

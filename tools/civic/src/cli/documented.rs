@@ -4,7 +4,7 @@ use clap::{CommandFactory, Parser};
 
 use super::Cli;
 
-const TEXTS: [(&str, &str); 8] = [
+const TEXTS: [(&str, &str); 9] = [
     ("README.md", include_str!("../../../../README.md")),
     ("docs/guide.md", include_str!("../../../../docs/guide.md")),
     ("docs/inspect.md", include_str!("../../../../docs/inspect.md")),
@@ -12,6 +12,7 @@ const TEXTS: [(&str, &str); 8] = [
     ("docs/support.md", include_str!("../../../../docs/support.md")),
     ("docs/examples/README.md", include_str!("../../../../docs/examples/README.md")),
     ("docs/examples/agents/README.md", include_str!("../../../../docs/examples/agents/README.md")),
+    ("docs/examples/autotuning/README.md", include_str!("../../../../docs/examples/autotuning/README.md")),
     ("docs/examples/troubleshooting/README.md", include_str!("../../../../docs/examples/troubleshooting/README.md")),
 ];
 
